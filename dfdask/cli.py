@@ -1,0 +1,251 @@
+"""The command line: ``dfdask run``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
+
+Nothing heavy is imported before a command needs it: ``dfdask --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from dfdask import __version__
+from dfdask.errors import DfdaskError, SpecError, StorageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dfdask.spec import JobSpec
+    from dfdask.store import RunStore
+
+INTERRUPTED = 130
+_RUN_HELP = "RUN is a job file, TARGET/NAME, or the path of a run."
+
+
+class _Commands(click.Group):
+    """Turns everything that a user can mend into ``Error: ...`` and an exit code, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DfdaskError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; everything committed is kept", INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `dfdask show RUN | head`: click ends quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{where}{error.strerror or error}", StorageError.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dfdask")
+def main() -> None:
+    """Make images and videos in bulk with diffusers pipelines on a Dask cluster.
+
+    Exit codes: 0 the run is complete; 1 every item failed; 2 the command, the job, its prompts or its model
+    are not valid; 3 storage; 4 the cluster; 130 stopped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a prompt in a script that it lacks
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option("--scheduler", metavar="ADDRESS", help="Use the cluster of this scheduler, e.g. tcp://10.0.0.1:8786.")
+@click.option("--workers", type=click.IntRange(min=1), help="Local worker processes [default: the job's].")
+@click.option("--output", metavar="TARGET/NAME", help="Where the run goes, instead of the job's `output`.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to use instead of the job's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
+@click.option("--new-run", is_flag=True, help="Start a run of its own where one of that name exists.")
+@click.option("--plain", is_flag=True, help="Lines instead of the live view, as for logs.")
+def run(
+    job: Path,
+    scheduler: str | None,
+    workers: int | None,
+    output: str | None,
+    prompts: Path | None,
+    limit: int | None,
+    new_run: bool,
+    plain: bool,
+) -> None:
+    """Run JOB, a YAML file, or go on with it where it was.
+
+    A local cluster is started unless --scheduler names one. Ctrl-C stops with all finished work saved.
+    """
+    if scheduler and workers:
+        raise click.UsageError("--workers sizes a local cluster; with --scheduler, start workers there.")
+    spec = _job(job, {"workers": workers, "output": output, "prompts": prompts})
+    if limit is not None:
+        spec = spec.limited(limit)
+    console = _console()
+    lines = plain or not console.is_terminal
+    from dfdask.progress import follow, header, print_rows, summary
+
+    _say(console, f"dfdask {__version__}: preparing {job}")
+    from dfdask.run import submit
+
+    _hush_dask()
+    started = submit(spec, scheduler=scheduler, new_run=new_run)
+    print_rows(console, header(started.progress, _model(spec), lines))
+    progress = follow(started, console, lines)
+    print_rows(console, summary(progress))
+    if sheet := _sheet(started.store):
+        print_rows(console, [("pictures", sheet)])
+    if progress.items and progress.failed_items == progress.items:
+        raise DfdaskError(f"every item failed; see why with: dfdask show {progress.output}")
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def status(run: str, as_json: bool) -> None:
+    """How far RUN is, from its store alone: no cluster is asked."""
+    from dfdask.summary import status_of
+
+    found = status_of(_store(run))
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
+        return
+    from dfdask.progress import print_rows
+
+    print_rows(_console(), found.rows())
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
+@click.option(
+    "--failures",
+    "limit",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="How many failed items to list.",
+)
+def show(run: str, limit: int) -> None:
+    """What RUN was made from and how: spec, model, versions, timings, failures."""
+    from dfdask.summary import print_details
+
+    print_details(_console(), _store(run), limit)
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["png", "webdataset", "parquet"]), default="png", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace what is at DESTINATION.")
+def export(run: str, destination: Path, form: Literal["png", "webdataset", "parquet"], overwrite: bool) -> None:
+    """Write the pictures of RUN to DESTINATION for other programs.
+
+    png: files with metadata.jsonl, a Hugging Face imagefolder. webdataset: tar files. parquet: a Hugging Face
+    dataset with the pictures inside.
+    """
+    from dfdask.export import export_run
+    from dfdask.words import count
+
+    done = export_run(_store(run), form, destination, overwrite=overwrite)
+    click.echo(f"wrote {count(done.items, 'item')} in {count(done.files, 'file')} to {destination}")
+    if done.skipped:
+        click.echo(f"left out {count(done.skipped, 'item')} that failed or are not there yet")
+
+
+@main.command()
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Who reaches it can run code: trusted networks only.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8786, show_default=True)
+@click.option("--dashboard-address", default="127.0.0.1:8787", show_default=True, metavar="HOST:PORT")
+def scheduler(host: str, port: int, dashboard_address: str) -> None:
+    """Start a scheduler that workers and `dfdask run --scheduler` connect to. Ctrl-C ends it."""
+    from dfdask.cluster import run_scheduler
+
+    run_scheduler(host=host, port=port, dashboard_address=dashboard_address)
+
+
+@main.command()
+@click.argument("address")
+@click.option("--stages", metavar="NAME,NAME", help="The stages that these workers run [default: all].")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def worker(address: str, stages: str | None, count: int, device: Literal["auto", "cpu", "cuda"]) -> None:
+    """Start workers for the scheduler at ADDRESS. Ctrl-C ends them."""
+    names = _stage_names(stages)
+    from dfdask.cluster import run_worker
+
+    run_worker(address, stages=names, count=count, device=device)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    ctx.exit(code)
+
+
+def _hush_dask() -> None:
+    """Dask's client logs tracebacks when its scheduler goes away; the command says what happened in one line."""
+    import logging
+
+    import distributed  # noqa: F401  sets its loggers' levels when it is imported
+
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _job(path: Path, overrides: dict[str, Any]) -> JobSpec:
+    from dfdask.spec import JobSpec
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return JobSpec.from_yaml(path, overrides=given)
+
+
+def _model(spec: JobSpec) -> str:
+    model = spec.model if isinstance(spec.model, str) else "fake stages"
+    return f"{model} ({spec.dtype})"
+
+
+def _store(run: str) -> RunStore:
+    """The store that RUN means. A job file means the run that it writes to."""
+    from dfdask.store import RunStore
+    from dfdask.targets import resolve_output
+
+    output: str | None = run
+    if run.lower().endswith((".yaml", ".yml")):
+        output = _job(Path(run), {}).output
+    return RunStore.open(resolve_output(output or run))
+
+
+def _stage_names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise SpecError(f"--stages: must be different names, got {text!r}; write e.g. encode,decode")
+    return names
+
+
+def _sheet(store: RunStore) -> str | None:
+    """Write the contact sheet. The pictures are safe by now: a sheet that fails is only a remark."""
+    from dfdask.sheet import write_sheet
+
+    try:
+        return str(write_sheet(store))
+    except (DfdaskError, OSError) as error:
+        click.echo(f"No contact sheet: {error}", err=True)
+        return None

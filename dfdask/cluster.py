@@ -1,0 +1,189 @@
+"""Start Dask processes the way dfdask wants them: roles as resources, one compute thread, no stealing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from typing import Any
+
+import dask
+
+from dfdask.errors import ClusterError
+from dfdask.gate import Gate, role_resources
+from dfdask.spec import WorkerGroup
+
+SETTINGS: Mapping[str, Any] = {
+    # Stage tasks are placed by the gate; stealing would only walk all workers for each of them.
+    "distributed.scheduler.work-stealing": False,
+    # Dask blames every task queued on a worker that dies, guilty or not.
+    "distributed.scheduler.allowed-failures": 100,
+    "distributed.scheduler.no-workers-timeout": None,
+    "distributed.worker.daemon": True,
+}
+CONNECT_SECONDS = 10
+
+
+class LocalFleet:
+    """A scheduler in this process and worker processes on this machine; they end with this process."""
+
+    def __init__(self, workers: int | Sequence[WorkerGroup] | None) -> None:
+        from distributed import Nanny, Scheduler, SpecCluster
+
+        count = workers if isinstance(workers, int) else available_cores()
+        groups = [WorkerGroup(count=count)] if workers is None or isinstance(workers, int) else workers
+        options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": "ERROR"}
+        specification: dict[int, dict[str, Any]] = {}
+        for group in groups:
+            for _ in range(group.count):
+                resources = role_resources(group.stages or ())
+                name = len(specification)
+                specification[name] = {"cls": Nanny, "options": {**options, "resources": resources}}
+        scheduler = {
+            "protocol": "tcp://",
+            "host": "127.0.0.1",
+            "port": 0,
+            "dashboard": True,
+            "dashboard_address": f"127.0.0.1:{_free_port(8787)}",
+            "plugins": [Gate()],
+        }
+        with dask.config.set(SETTINGS), _interrupts_kept_out():
+            self._cluster = SpecCluster(
+                workers=specification,
+                scheduler={"cls": Scheduler, "options": scheduler},
+                silence_logs="ERROR",
+            )
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.scheduler_address)
+
+    def close(self) -> None:
+        self._cluster.close(timeout=10)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ClusterError where the port is taken."""
+    from distributed import Scheduler
+
+    async def serve(stopped: asyncio.Event) -> None:
+        scheduler = Scheduler(
+            host=host, port=port, dashboard=True, dashboard_address=dashboard_address, plugins=[Gate()]
+        )
+        try:
+            await scheduler
+        except OSError as error:
+            raise ClusterError(
+                f"scheduler: cannot listen on {host}:{port} ({error.strerror or error}); choose another --port"
+            ) from None
+        print(f"scheduler at {scheduler.address}", flush=True)
+        dashboard = scheduler.services.get("dashboard")
+        if dashboard is not None:
+            print(f"dashboard at http://{dashboard_address.rpartition(':')[0] or host}:{dashboard.port}/status")
+        sys.stdout.flush()
+        await stopped.wait()
+        await scheduler.close()
+
+    _serve(serve)
+
+
+def run_worker(address: str, stages: Sequence[str] | None, count: int, device: str) -> None:
+    """Run ``count`` worker processes until SIGINT or SIGTERM, or until the scheduler goes away.
+
+    A worker process that dies is started again. Raises ClusterError where no scheduler answers.
+    """
+    from distributed import Nanny
+
+    async def serve(stopped: asyncio.Event) -> None:
+        await check_scheduler(address)
+        nannies = [
+            Nanny(
+                address,
+                nthreads=1,
+                memory_limit=0,
+                resources=role_resources(stages or ()),
+                env={"DFDASK_DEVICE": device},
+                death_timeout=60,
+            )
+            for _ in range(count)
+        ]
+        await asyncio.gather(*nannies)
+        roles = ", ".join(stages) if stages else "all stages"
+        for nanny in nannies:
+            print(f"worker at {nanny.worker_address} for {roles}", flush=True)
+        gone: asyncio.Future[Any] = asyncio.gather(*(nanny.finished() for nanny in nannies))
+        asked: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
+        await asyncio.wait([asked, gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*(nanny.close() for nanny in nannies), return_exceptions=True)
+
+    _serve(serve)
+
+
+async def check_scheduler(address: str) -> None:
+    """Raise ClusterError unless a scheduler answers at ``address``."""
+    from distributed.comm.core import connect
+
+    try:
+        comm = await connect(address, timeout=CONNECT_SECONDS)
+        await comm.close()
+    except (OSError, ValueError, TypeError, TimeoutError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ClusterError(
+            f"scheduler: nothing answers at {address!r} ({why}); "
+            "start one with `dfdask scheduler`, or check the address"
+        ) from None
+
+
+def _serve(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    async def until_signal() -> None:
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stopped.set)
+
+        def wait() -> None:
+            signal.sigwait({signal.SIGINT})
+            with suppress(RuntimeError):  # the loop has ended already
+                loop.call_soon_threadsafe(stopped.set)
+
+        threading.Thread(target=wait, name="dfdask-interrupt", daemon=True).start()
+        await main(stopped)
+
+    with dask.config.set(SETTINGS), _interrupts_kept_out():
+        asyncio.run(until_signal())
+
+
+@contextmanager
+def _interrupts_kept_out() -> Iterator[None]:
+    """Block SIGINT in this thread and in the threads and processes that it starts.
+
+    A terminal sends Ctrl-C to every process of a job. Workers must not die of it: who started them ends them, when
+    what they are doing is saved.
+    """
+    resource_tracker.ensure_running()  # started later it would unblock SIGINT in the thread that needs it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _free_port(wanted: int) -> int:
+    """``wanted`` where nothing listens on it, else any free one: Dask would warn and do the same."""
+    import socket
+
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return 0
+    return wanted

@@ -1,0 +1,238 @@
+"""Stream a job through the cluster: a bounded window of shards, each a chain of stage tasks and one write.
+
+The driver keeps no state that matters: what is done is what the store says.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import dfdask.wire  # noqa: F401  registers how micro-batches travel
+from dfdask.batching import micro_batches, shard_range
+from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
+from dfdask.events import ShardCommitted
+from dfdask.gate import NAME, WRITE, Gate, stage_resource, task_key
+from dfdask.prompts import ItemTable
+from dfdask.stages.model import ModelRef
+from dfdask.store import RunStore
+from dfdask.worker import Preload, run_stage, write_shard
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+WINDOW_PER_WORKER = 6  # micro-batches in flight: three times the two that the gate assigns
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  # without a worker for a stage
+LOST_SECONDS = 15.0  # without an answer from the scheduler
+STOP_SECONDS = 10.0  # that running shards get to finish in when the job is stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All that a driver needs to know of a job. ``token`` names the run in task keys."""
+
+    ref: ModelRef
+    stages: tuple[str, ...]
+    store: RunStore
+    table: ItemTable
+    batch: int
+    shards: tuple[int, ...]
+    token: str
+    provenance: dict[str, Any]
+
+
+class Driver:
+    """Runs ``work`` on the cluster of ``client``; call ``run`` in a thread of its own."""
+
+    def __init__(
+        self,
+        client: Client,
+        work: Work,
+        on_commit: Callable[[ShardCommitted], None],
+        on_cluster: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._client = client
+        self._work = work
+        self._on_commit = on_commit
+        self._on_cluster = on_cluster
+        self._should_stop = should_stop
+        self._finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._flying: dict[Future[Any], int] = {}  # micro-batches of the shard that each receipt stands for
+        self._workers = 1
+        self._answered = self._covered = time.monotonic()
+        self._polled = 0.0
+
+    def run(self) -> None:
+        """Return when every shard is committed.
+
+        Raises JobStopped, StorageError (the output cannot be written), ModelError (a worker cannot load its
+        stage) or ClusterError (the scheduler is gone, no worker for a stage, a stage that keeps dying).
+        """
+        self._client.register_plugin(Gate(), name=NAME)
+        if self._work.ref.fake is None:
+            self._client.register_plugin(Preload())
+        todo = iter(self._work.shards)
+        try:
+            self._poll()
+            self._submit(todo)
+            while self._flying:
+                if self._should_stop():
+                    self._stop()
+                self._collect(POLL_SECONDS)
+                self._poll()
+                self._submit(todo)
+        finally:
+            for future in self._flying:
+                future.release()
+            self._flying.clear()
+
+    def _submit(self, shards: Iterator[int]) -> None:
+        """Fill the window, all new shards in one graph."""
+        window = WINDOW_PER_WORKER * self._workers
+        flying = sum(self._flying.values())
+        graph = _Graph(self._work)
+        while flying < window or len(self._flying) + len(graph.receipts) < 2:
+            shard = next(shards, None)
+            if shard is None:
+                break
+            flying += graph.add(shard)
+        if graph.receipts:
+            futures = self._client.get(graph.build(), list(graph.receipts), sync=False)
+            for future, size in zip(futures, graph.receipts.values(), strict=True):
+                self._flying[future] = size
+                future.add_done_callback(self._finished.put)
+
+    def _collect(self, timeout_seconds: float) -> None:
+        """Take in what has finished, waiting at most so long for the first."""
+        try:
+            future = self._finished.get(timeout=timeout_seconds)
+            while True:
+                self._receive(future)
+                future = self._finished.get_nowait()
+        except queue.Empty:
+            return
+
+    def _receive(self, future: Future[Any]) -> None:
+        if future.status == "finished":
+            receipt: dict[str, Any] = future.result()
+            del self._flying[future]
+            future.release()
+            if "error" in receipt:
+                raise StorageError(receipt["error"])
+            self._on_commit(ShardCommitted(**receipt))
+        elif future.status == "error":
+            raise _explained(future.exception())
+        else:
+            raise _lost()
+
+    def _poll(self) -> None:
+        """Ask the gate how things are; raise ClusterError when nobody has answered or could work for long."""
+        now = time.monotonic()
+        if now - self._polled < POLL_SECONDS:
+            return
+        self._polled = now
+        try:
+            ask: Any = self._client.scheduler
+            state = self._client.sync(ask.dfdask_progress, run=self._work.token, callback_timeout=LOST_SECONDS)
+        except (OSError, TimeoutError, AttributeError):
+            if now - self._answered > LOST_SECONDS or self._client.status == "closed":
+                raise _lost() from None
+            return
+        self._answered = now
+        self._workers = max(int(state["workers"]), 1)
+        missing = [] if state["any"] else [name for name in self._work.stages if not state["roles"].get(name)]
+        if not missing:
+            self._covered = now
+        elif now - self._covered > PATIENCE_SECONDS:
+            raise ClusterError(
+                f"no workers for {', '.join(missing)} in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker "
+                f"{ask.address} --stages {','.join(missing)}"
+            )
+        self._on_cluster(state)
+
+    def _stop(self) -> None:
+        """Let the shards that are nearly done finish, drop the rest."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._flying and time.monotonic() < deadline:
+            self._collect(min(POLL_SECONDS, STOP_SECONDS))
+            self._poll()
+        raise JobStopped("stopped on request; everything committed is kept")
+
+
+class _Graph:
+    """Dask tasks for a few shards, one layer per stage so that each has its resource and its priority."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._layers: dict[str, dict[Any, Any]] = {stage: {} for stage in (*work.stages, WRITE)}
+        self.receipts: dict[Any, int] = {}
+
+    def add(self, shard: int) -> int:
+        """The tasks of ``shard``; returns how many micro-batches it has."""
+        from dask._task_spec import List, Task, TaskRef
+
+        work = self._work
+        rows = shard_range(shard, work.store.layout.shard_items, work.store.layout.items)
+        items = work.table.items(rows.start, rows.stop)
+        last = []
+        batches = micro_batches(shard, items, work.batch)
+        for micro in batches:
+            feed: Any = tuple(items[row - rows.start] for row in micro.items)
+            for stage in work.stages:
+                key = task_key(stage, work.token, shard, micro.index, len(micro.items))
+                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed)
+                feed = TaskRef(key)
+            last.append(feed)
+        key = task_key(WRITE, work.token, shard, 0, len(items))
+        self._layers[WRITE][key] = Task(key, write_shard, work.store.location, shard, work.provenance, List(*last))
+        self.receipts[key] = len(batches)
+        return len(batches)
+
+    def build(self) -> Any:
+        from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+
+        names = list(self._layers)
+        layers = {
+            stage: MaterializedLayer(
+                self._layers[stage],
+                # Later stages first: they free memory, earlier ones fill it.
+                annotations={"resources": stage_resource(stage), "priority": place},
+            )
+            for place, stage in enumerate(names)
+        }
+        dependencies = {stage: set(names[max(place - 1, 0) : place]) for place, stage in enumerate(names)}
+        return HighLevelGraph(layers, dependencies)
+
+
+def token_for(fingerprint: str, output: str) -> str:
+    """The same for the same run: tasks of an earlier client that still run are taken over, not done twice."""
+    import hashlib
+
+    return hashlib.sha256(f"{fingerprint}\n{output}".encode()).hexdigest()[:8]
+
+
+def _explained(error: BaseException | None) -> DfdaskError:
+    if isinstance(error, DfdaskError):
+        return error
+    name = type(error).__name__
+    text = " ".join(str(error).split())[:500]
+    if name == "KilledWorker":
+        return ClusterError(f"a task kept killing its worker processes ({text}); look at the workers' logs")
+    if name in ("FutureCancelledError", "CancelledError"):
+        return _lost()
+    return ClusterError(f"a worker failed: {name}: {text}")
+
+
+def _lost() -> ClusterError:
+    return ClusterError("the scheduler went away; start it again, then run the same command to go on")
+
+
+def missing_shards(count: int, committed: Sequence[int] | set[int]) -> tuple[int, ...]:
+    """The shards that have no commit yet, in order."""
+    done = set(committed)
+    return tuple(shard for shard in range(count) if shard not in done)

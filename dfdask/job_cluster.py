@@ -1,0 +1,84 @@
+"""The cluster that one job runs on."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from dfdask.errors import ClusterError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from dfdask.spec import JobSpec
+
+
+class JobCluster:
+    """The cluster of one job: the user's own, or one that is started and closed here."""
+
+    def __init__(self, client: Client | None, scheduler: str | None, spec: JobSpec) -> None:
+        self._given = client
+        self._scheduler = scheduler
+        self._workers = spec.workers
+        self._preload = isinstance(spec.model, str)
+        self._client: Client | None = None
+        self._fleet: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._open, name="dfdask-cluster", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        return self._client is not None
+
+    @property
+    def dashboard(self) -> str | None:
+        link = getattr(self._client, "dashboard_link", None)
+        return str(link) if link else None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def client(self) -> Client:
+        """Wait for the client. Raises ClusterError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._client is None:
+            raise ClusterError("the cluster was closed")
+        return self._client
+
+    def close(self) -> None:
+        """Close what was opened here; the user's own client stays."""
+        self._thread.join()
+        if self._client is not None and self._client is not self._given:
+            self._client.close(timeout=5)
+        if self._fleet is not None:
+            self._fleet.close()
+        self._client = self._fleet = None
+
+    def _open(self) -> None:
+        from distributed import Client
+
+        try:
+            if self._given is not None:
+                self._client = self._given
+                return
+            address = self._scheduler
+            if address is None:
+                from dfdask.cluster import LocalFleet
+
+                self._fleet = LocalFleet(self._workers)
+                address = self._fleet.address
+            self._client = Client(address, timeout=10, set_as_default=False, name="dfdask")
+            if self._preload and self._fleet is not None:
+                from dfdask.worker import Preload
+
+                self._client.register_plugin(Preload())
+        except (OSError, TimeoutError, ValueError, TypeError) as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            self._error = ClusterError(
+                f"scheduler: cannot connect to {self._scheduler or 'the local cluster'} ({why}); "
+                "check the address, or start one with `dfdask scheduler`"
+            )
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,358 @@
+"""Submit jobs and look at runs: the Python face of dfdask."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfdask.batching import default_shard_items, shard_count
+from dfdask.errors import DfdaskError, JobStopped, RunChangedError, SpecError
+from dfdask.events import Phase, Progress, ShardCommitted, StageProgress
+from dfdask.job_cluster import JobCluster
+from dfdask.prompts import ItemTable, read_items
+from dfdask.spec import JobSpec, diff_specs, fingerprint
+from dfdask.stages.model import ModelRef, model_ref
+from dfdask.store import RunStore
+from dfdask.store_layout import Layout
+from dfdask.targets import Location, resolve_output
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from distributed import Client
+
+    from dfdask.driver import Work
+
+FORMAT_VERSION = 1
+
+
+def submit(
+    job: JobSpec | Mapping[str, Any] | str | Path | None = None,
+    *,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    new_run: bool = False,
+    on_commit: Callable[[ShardCommitted], None] | None = None,
+    **fields: Any,
+) -> Run:
+    """Start a job, or go on with it, and return at once.
+
+    ``job`` is a JobSpec, a mapping, the path of a YAML file, or None with the job's keys as ``fields``. It runs on
+    ``client``'s cluster, on the one of ``scheduler``, or else on worker processes of this machine. With
+    ``new_run`` a run of its own is made where one of that name exists. ``on_commit`` is called for each shard that
+    is committed; what it raises is ignored.
+
+    Raises SpecError, PromptError, ModelError, StorageError (RunChangedError where a run of that name was made from
+    another spec) and ClusterError. What goes wrong later is raised by ``Run.wait``.
+    """
+    import dfdask.driver  # noqa: F401  two threads must not be the first to import distributed at once
+
+    spec = _spec(job, fields)
+    cluster = JobCluster(client, scheduler, spec)
+    cluster.start()  # while this thread reads and checks the job
+    try:
+        table = read_items(spec)
+        ref = model_ref(spec)
+        run = _prepare(spec, ref, table, new_run, cluster)
+        if run.progress.committed_shards < run.progress.shards:
+            cluster.client()  # raises where there is none
+        run._start(cluster, on_commit)
+    except BaseException:
+        cluster.close()
+        raise
+    return run
+
+
+def open_run(output: str | Path) -> Run:
+    """A stored run, to read: ``output`` is TARGET/NAME or a path. Raises StorageError."""
+    return Run(RunStore.open(resolve_output(str(output))))
+
+
+class Run:
+    """A run: its progress while it is made here, and its data at any time."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self._work: Work | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stopping = threading.Event()
+        self._phase: Phase | None = None
+        self._stages: tuple[StageProgress, ...] = ()
+        self._workers = 0
+        self._dashboard: str | None = None
+        self._baseline: Mapping[str, int] | None = None
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._computed_items = 0
+        self._first_commit: float | None = None
+        commits = store.commits()
+        self._shards = {int(commit["shard"]) for commit in commits}
+        self._committed = self._resumed = sum(int(c["stop"]) - int(c["start"]) for c in commits)
+        self._failed = sum(int(commit["failed"]) for commit in commits)
+
+    @property
+    def name(self) -> str:
+        return str(self.store.location.name)
+
+    @property
+    def location(self) -> Location:
+        return self.store.location
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What made the run, as its store says."""
+        return dict(self.store.attributes["dfdask"]["spec"])
+
+    @property
+    def progress(self) -> Progress:
+        """A snapshot."""
+        layout = self.store.layout
+        shards = shard_count(layout.items, layout.shard_items)
+        now = self._ended if self._ended is not None else time.monotonic()
+        rate = eta = None
+        if self._computed_items and now > self._began:
+            rate = self._computed_items / (now - self._began)
+            eta = (layout.items - self._committed) / rate
+        return Progress(
+            run=self.name,
+            output=str(self.location),
+            phase=self._phase or ("finished" if len(self._shards) == shards else "stopped"),
+            items=layout.items,
+            committed_items=self._committed,
+            resumed_items=self._resumed,
+            failed_items=self._failed,
+            shards=shards,
+            committed_shards=len(self._shards),
+            elapsed_seconds=now - self._began,
+            items_per_second=rate,
+            eta_seconds=eta,
+            stages=self._stages,
+            workers=self._workers,
+            dashboard=self._dashboard,
+        )
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Wait until the job ends, at most ``timeout`` seconds. Raises what ended it, or TimeoutError."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.name} is still running after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def stop(self) -> None:
+        """Ask the job to stop; shards that are nearly done are finished first."""
+        if self._phase == "running":
+            self._phase = "stopping"
+        self._stopping.set()
+
+    def dataset(self) -> xr.Dataset:
+        """The run as xarray opens it, lazily; rows that are not done yet have status 0."""
+        return self.store.dataset()
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The failed items: ``item`` (row), ``id``, ``prompt`` and ``error``."""
+        found = []
+        for commit in self.store.commits():
+            if commit["failed"]:
+                rows = self.dataset()[["id", "prompt", "status", "error"]]
+                rows = rows.isel(item=slice(int(commit["start"]), int(commit["stop"]))).load()
+                for row in (rows["status"].values == 2).nonzero()[0]:
+                    entry = {name: str(rows[name].values[row]) for name in ("id", "prompt", "error")}
+                    found.append({"item": int(commit["start"]) + int(row), **entry})
+        return found
+
+    def __repr__(self) -> str:
+        progress = self.progress
+        done = f"{progress.committed_items} of {progress.items} items"
+        return f"<Run {self.name}: {progress.phase}, {done}, {progress.failed_items} failed, {self.location}>"
+
+    def _repr_html_(self) -> str:
+        from dfdask.markup import html
+
+        return html(self.progress)
+
+    def _start(self, cluster: JobCluster, on_commit: Callable[[ShardCommitted], None] | None) -> None:
+        self._phase = "running"
+        self._on_commit = on_commit
+        if cluster.ready:
+            self._dashboard = cluster.dashboard
+        self._thread = threading.Thread(target=self._follow, args=(cluster,), name="dfdask-driver", daemon=True)
+        self._thread.start()
+
+    def _follow(self, cluster: JobCluster) -> None:
+        from dfdask.driver import Driver
+
+        phase: Phase = "failed"
+        try:
+            if self._work is not None and self._work.shards:
+                stop = self._stopping.is_set
+                Driver(cluster.client(), self._work, self._committed_shard, self._cluster_state, stop).run()
+            phase = "finished"
+        except JobStopped:
+            phase = "stopped"
+        except DfdaskError as error:
+            self._error = type(error)(f"{error} ({self._saved()})")
+        except BaseException as error:
+            self._error = error
+        finally:
+            cluster.close()
+            self._ended = time.monotonic()
+            self._phase = phase
+
+    def _saved(self) -> str:
+        progress = self.progress
+        return f"{progress.committed_shards} of {progress.shards} shards are committed and kept"
+
+    def _committed_shard(self, event: ShardCommitted) -> None:
+        if event.shard not in self._shards:
+            self._shards.add(event.shard)
+            self._committed += event.items
+            self._failed += event.failed_items
+        self._computed_items += event.items
+        if self._on_commit is not None:
+            try:
+                self._on_commit(event)
+            except Exception as error:  # an observer never stops a job
+                import warnings
+
+                warnings.warn(f"on_commit raised {type(error).__name__}: {error}", stacklevel=1)
+
+    def _cluster_state(self, state: Mapping[str, Any]) -> None:
+        if self._work is None:
+            return
+        if self._baseline is None:  # the gate still counts what an earlier client of this run did
+            self._baseline = dict(state["done"])
+        self._workers = int(state["workers"])
+        self._stages = tuple(
+            StageProgress(
+                name=stage,
+                queued=state["queued"].get(stage, 0),
+                running=state["running"].get(stage, 0),
+                done=self._resumed + state["done"].get(stage, 0) - self._baseline.get(stage, 0),
+                workers=state["any"] + state["roles"].get(stage, 0),
+            )
+            for stage in self._work.stages
+        )
+
+
+def _spec(job: JobSpec | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> JobSpec:
+    if isinstance(job, (str, Path)):
+        return JobSpec.from_yaml(job, overrides=fields)
+    if isinstance(job, JobSpec):
+        return job.replace(**fields) if fields else job
+    if job is not None and not isinstance(job, Mapping):
+        raise SpecError(f"job: must be a JobSpec, a mapping or the path of a YAML file, got {job!r}")
+    return JobSpec.from_mapping({**(job or {}), **fields})
+
+
+def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, cluster: JobCluster) -> Run:
+    """The run's store, new or the one that is there already, and the work that is left."""
+    from dfdask.driver import Work, missing_shards, token_for
+    from dfdask.stages.check import check_job
+
+    canonical = {**spec.canonical(), "model_digest": ref.digest}
+    identity = fingerprint(canonical, table.digest())
+    location = resolve_output(spec.output or f"local/run-{identity[:8]}")
+    if new_run:
+        location = _unoccupied(location)
+    location.check_writable()
+    checked = check_job(ref, table)
+    layout = Layout(
+        kind=checked.output.kind,
+        item_shape=checked.output.item_shape,
+        items=len(table),
+        shard_items=spec.shard or _shard_items(len(table), spec.batch, checked.output.item_shape),
+    )
+    versions = _versions()
+    if RunStore.exists(location):
+        store = RunStore.open(location)
+    else:
+        attributes = {
+            "version": FORMAT_VERSION,
+            "spec": canonical,
+            "items_digest": table.digest(),
+            "fingerprint": identity,
+            "stages": list(checked.stages),
+            "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
+            "versions": versions,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        columns = {**table.columns(), **_size_columns(checked.output.sizes)}
+        cluster.client()  # no store is made for a job that cannot start
+        store = RunStore.create(location, layout, columns, {"dfdask": attributes})
+    _check_same(store, canonical, table, identity)
+    run = Run(store)
+    layout = store.layout
+    run._work = Work(
+        ref=ref,
+        stages=checked.stages,
+        store=store,
+        table=table,
+        batch=spec.batch,
+        shards=missing_shards(shard_count(layout.items, layout.shard_items), run._shards),
+        token=token_for(identity, f"{location.root}/{location.name}"),
+        provenance={"versions": versions},
+    )
+    store.sweep()
+    return run
+
+
+def _check_same(store: RunStore, canonical: Mapping[str, Any], table: ItemTable, identity: str) -> None:
+    stored = store.attributes.get("dfdask", {})
+    if stored.get("fingerprint") == identity:
+        return
+    changes = diff_specs(stored.get("spec", {}), canonical)
+    if stored.get("items_digest") != table.digest():
+        there, here = store.layout.items, len(table)
+        changes.append(
+            f"prompts: {there} items in the stored run, {here} now"
+            if there != here
+            else "prompts: their texts, ids, seeds or arguments differ from the stored run's"
+        )
+    lines = "".join(f"\n  {change}" for change in changes)
+    raise RunChangedError(
+        f"{store.location} was made from a different job:{lines}\n"
+        "Undo the change to go on with it, choose another output, or start afresh with --new-run (new_run=True)"
+    )
+
+
+def _unoccupied(location: Location) -> Location:
+    candidate, number = location, 2
+    while RunStore.exists(candidate):
+        candidate, number = replace(location, name=f"{location.name}-{number}"), number + 1
+    return candidate
+
+
+def _shard_items(items: int, batch: int, item_shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in item_shape:
+        size *= extent
+    return default_shard_items(items, batch, size)
+
+
+def _size_columns(sizes: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
+    if sizes is None:
+        return {}
+    import numpy as np
+
+    pixels = np.array(sizes, np.int64)
+    return {"height": pixels[:, 0], "width": pixels[:, 1]}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("dfdask", "torch", "diffusers", "transformers", "distributed", "zarr", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

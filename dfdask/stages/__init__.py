@@ -1,0 +1,1 @@
+"""Stages: the named steps of a pipeline, each with its own components."""

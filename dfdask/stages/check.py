@@ -1,0 +1,132 @@
+"""Ask the pipeline itself, before any worker starts, whether it takes the job's arguments and what it will make."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dfdask.arguments import canonical_json, nearest
+from dfdask.errors import ModelError, SpecError
+from dfdask.items import Item
+from dfdask.stages.cut import StopStage, open_pipeline, pipeline_call, stage_names
+from dfdask.stages.model import WHOLE, ModelRef, locate
+
+_MAX_CHECKED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a job will make: the largest item's shape, and each item's (y, x) where they differ."""
+
+    kind: Literal["image", "video"]
+    item_shape: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A model that takes the job: its stages in order, and what comes out."""
+
+    stages: tuple[str, ...]
+    output: Output
+
+
+def check_job(ref: ModelRef, items: Iterable[Item]) -> Checked:
+    """Raises SpecError for arguments that the pipeline refuses, ModelError for one that cannot be opened."""
+    if ref.fake is not None:
+        return Checked(tuple(ref.fake.stages), Output("image", (ref.fake.height, ref.fake.width, 3)))
+    folder = locate(ref.source, ref.revision)
+    stages = stage_names(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = open_pipeline(ref, None, "cpu")
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: list[tuple[int, ...]] = []
+    for item in items:
+        key = canonical_json({name: value for name, value in item.arguments.items() if "prompt" not in name})
+        if key not in shapes:
+            if len(shapes) >= _MAX_CHECKED:
+                raise SpecError(f"arguments: more than {_MAX_CHECKED} different combinations in one job; split the job")
+            shapes[key] = _shape(pipeline, item, stages)
+        found.append(shapes[key])
+    kinds = set(found)
+    if len({shape[:-2] for shape in kinds}) > 1:
+        raise SpecError(
+            f"arguments: items of one run must have the same number of frames, got {sorted(kinds)}; make a run for each"
+        )
+    height, width = max(shape[-2] for shape in kinds), max(shape[-1] for shape in kinds)
+    frames = found[0][:-2]
+    sizes = tuple((shape[-2], shape[-1]) for shape in found) if len(kinds) > 1 else None
+    return Checked(stages, Output("video" if frames else "image", (*frames, height, width, 3), sizes))
+
+
+def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...]:
+    """(y, x) or (frame, y, x) that the pipeline will make of ``item``, by its own defaults and rules."""
+    name = type(pipeline).__name__
+    accepted = inspect.signature(pipeline.__call__).parameters
+    for argument in item.arguments:
+        if argument not in accepted:
+            hint = nearest(argument, list(accepted)) or f"; it takes {', '.join(accepted)}"
+            raise SpecError(f"arguments: {name} has no argument {argument!r}{hint}")
+    if stages == (WHOLE,):
+        return _whole_shape(pipeline, item)
+    local: dict[str, Any] = {}
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        # The pipeline has checked its inputs and filled in its defaults by now: its own numbers are the truth.
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_locals.get("self") is pipeline and frame.f_code.co_name == "__call__":
+                local.update(frame.f_locals)
+            frame = frame.f_back
+        raise StopStage
+
+    object.__setattr__(pipeline, "encode_prompt", stop)
+    try:
+        pipeline(**pipeline_call(pipeline, [item]))
+    except StopStage:
+        pass
+    except Exception as error:
+        raise SpecError(
+            f"arguments: {name} refuses item {item.id!r} with {dict(item.arguments)}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
+    finally:
+        object.__delattr__(pipeline, "encode_prompt")
+    height = local.get("orig_height", local.get("height"))
+    width = local.get("orig_width", local.get("width"))
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise SpecError(f"arguments: {name} does not say which size it makes; set height and width")
+    _check_size(pipeline, height, width)
+    frames = local.get("num_frames")
+    return (frames, height, width) if isinstance(frames, int) else (height, width)
+
+
+def _check_size(pipeline: Any, height: int, width: int) -> None:
+    processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
+    unit = int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1))
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % unit:
+            below, above = pixels // unit * unit, (pixels // unit + 1) * unit
+            fits = f"{below} or {above}" if below else str(above)
+            raise SpecError(
+                f"arguments.{name}: {pixels} pixels are not a multiple of {unit}, which this model's VAE needs; "
+                f"use {fits}"
+            )
+
+
+def _whole_shape(pipeline: Any, item: Item) -> tuple[int, ...]:
+    height, width = (item.arguments.get(name) for name in ("height", "width"))
+    if isinstance(height, int) and isinstance(width, int):
+        return height, width
+    for part in ("unet", "transformer"):
+        size = getattr(getattr(getattr(pipeline, part, None), "config", None), "sample_size", None)
+        if size is not None:
+            side = (size, size) if isinstance(size, int) else tuple(size)
+            return int(side[0]), int(side[1])
+    raise ModelError(
+        f"model: {type(pipeline).__name__} has no cut points, and its output size is unknown; set height and width"
+    )

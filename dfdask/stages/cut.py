@@ -1,0 +1,323 @@
+"""Cut any diffusers pipeline into stages, without knowing its family.
+
+Every stage calls the pipeline's own ``__call__`` with the user's arguments. Components that the stage does not
+own are phantoms: their real configuration on the meta device, no weights. The cuts are two calls that text-to-X
+pipelines make in this order: ``encode_prompt`` and ``vae.decode``.
+
+- encode records what ``encode_prompt`` returns and stops where latents or timesteps are prepared;
+- denoise replays that and stops at ``vae.decode``, whose arguments it hands over;
+- decode replays empty stand-ins, takes no denoising steps, and runs the VAE and all that the pipeline does after.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfdask.batching import is_batchable
+from dfdask.errors import ModelError
+from dfdask.items import Item
+from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
+
+_ABSENT = object()
+
+
+class StopStage(BaseException):
+    """Leaves a pipeline call at a cut. Not an Exception, so that no pipeline's own handler swallows it."""
+
+    def __init__(self, payload: Any = None) -> None:
+        self.payload = payload
+
+
+class Phantom:
+    """Looks like a component (configuration, dtype, attributes) but holds no weights and is no Module."""
+
+    def __init__(self, model: Any, dtype: Any, device: Any) -> None:
+        self.__dict__.update(_model=model, dtype=dtype, device=device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        raise StopStage((args, kwargs))
+
+
+def import_libraries() -> None:
+    """Import what loading a pipeline needs; diffusers itself imports its parts only at first use."""
+    import accelerate  # noqa: F401
+    import diffusers
+    import transformers
+
+    for library, name in ((diffusers, "DiffusionPipeline"), (transformers, "PreTrainedModel")):
+        getattr(library, name)
+
+
+def stage_names(folder: Path) -> tuple[str, ...]:
+    """The stages of a pipeline in order: encode, denoise and decode where it has the cuts, else one."""
+    name, parts = components(folder)
+    kind = pipeline_class(name)
+    owners = {part.stage for part in parts}
+    has_cuts = hasattr(kind, "encode_prompt") and any(part.name == "vae" for part in parts)
+    return ("encode", "denoise", "decode") if has_cuts and len(owners - {None}) == 3 else (WHOLE,)
+
+
+def pipeline_class(name: str) -> Any:
+    """Raises ModelError for a class that this diffusers does not have."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise ModelError(
+            f"model: diffusers {diffusers.__version__} has no pipeline class {name!r}; "
+            "update diffusers, or use a model that it supports"
+        )
+    return kind
+
+
+def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
+    """The pipeline with the weights of ``stage`` only; with None at all, for checks. Raises ModelError."""
+    import torch
+
+    _hush()
+    folder = locate(ref.source, ref.revision)
+    if stage is not None and digest(folder) != ref.digest:
+        raise ModelError(
+            f"model: {folder} on this worker differs from the one that the job was submitted with; "
+            "put the same files on every machine"
+        )
+    name, parts = components(folder)
+    kind = pipeline_class(name)
+    dtype = getattr(torch, ref.dtype)
+    loaded: dict[str, Any] = {}
+    for part in parts:
+        try:
+            loaded[part.name] = _component(folder, part, stage, dtype, device)
+        except ModelError:
+            raise
+        except Exception as error:
+            what = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"model: {folder / part.name} ({part.kind}) cannot be loaded: {type(error).__name__}: {what}; "
+                "download or save the model again"
+            ) from None
+    accepted = inspect.signature(kind.__init__).parameters
+    index = kind.load_config(folder)
+    for key, value in index.items():
+        if key in accepted and key not in loaded:
+            loaded[key] = None if isinstance(value, (list, tuple)) else value
+    pipeline = kind(**loaded)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class PipelineStage:
+    """One stage of a diffusers pipeline on this worker's device."""
+
+    def __init__(self, ref: ModelRef, stage: str) -> None:
+        import torch
+
+        if ref.strict:
+            torch.set_num_threads(1)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self._device = device_for(ref.device)
+        self._pipeline = open_pipeline(ref, stage, self._device)
+        self._run: Callable[[dict[str, Any], Any], Any] = {
+            "encode": self._encode,
+            "denoise": self._denoise,
+            "decode": self._decode,
+            WHOLE: self._whole,
+        }[stage]
+
+    def run(self, items: Sequence[Item], state: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self._run(pipeline_call(self._pipeline, items), state)
+
+    def _encode(self, call: dict[str, Any], state: Any) -> Any:
+        pipeline, recorded = self._pipeline, []
+        encode = pipeline.encode_prompt
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            recorded.append(encode(*args, **kwargs))
+            return recorded[-1]
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise StopStage
+
+        timesteps = functools.wraps(pipeline.scheduler.set_timesteps)(stop)
+        with (
+            _patched(pipeline, encode_prompt=record, prepare_latents=stop),
+            _patched(pipeline.scheduler, set_timesteps=timesteps),
+        ):
+            _stops(pipeline, call)
+        return _to(recorded, "cpu")
+
+    def _denoise(self, call: dict[str, Any], state: Any) -> Any:
+        replay = iter(_to(state, self._device))
+        with _patched(self._pipeline, encode_prompt=lambda *a, **k: next(replay)):
+            payload = _stops(self._pipeline, call)
+        if payload is None:
+            raise ModelError(
+                f"model: {type(self._pipeline).__name__} ended without decoding its latents with its VAE; "
+                "it cannot be run in stages"
+            )
+        return {"decode": _to(payload, "cpu"), "embeds": _shapes(state)}
+
+    def _decode(self, call: dict[str, Any], state: Any) -> Any:
+        pipeline = self._pipeline
+        replay = iter(_stand_ins(state["embeds"], self._device))
+        args, kwargs = _to(state["decode"], self._device)
+        decode, set_timesteps = pipeline.vae.decode, pipeline.scheduler.set_timesteps
+
+        @functools.wraps(set_timesteps)
+        def no_steps(*step_args: Any, **step_kwargs: Any) -> None:
+            set_timesteps(*step_args, **step_kwargs)
+            pipeline.scheduler.timesteps = pipeline.scheduler.timesteps[:0]
+
+        with (
+            _patched(pipeline, encode_prompt=lambda *a, **k: next(replay)),
+            _patched(pipeline.vae, decode=lambda *a, **k: decode(*args, **kwargs)),
+            _patched(pipeline.scheduler, set_timesteps=no_steps),
+        ):
+            return to_pixels(pipeline(**call)[0])
+
+    def _whole(self, call: dict[str, Any], state: Any) -> Any:
+        return to_pixels(self._pipeline(**call)[0])
+
+
+def pipeline_call(pipeline: Any, items: Sequence[Item]) -> dict[str, Any]:
+    """The keyword arguments for one call with all ``items``: texts as lists, a CPU generator per item."""
+    import torch
+
+    accepted = inspect.signature(pipeline.__call__).parameters
+    call: dict[str, Any] = dict(items[0].arguments)
+    for name, value in items[0].arguments.items():
+        if is_batchable(name, value):
+            call[name] = [item.arguments[name] for item in items]
+    if "prompt" in accepted:
+        call["prompt"] = [item.prompt for item in items]
+    elif "batch_size" in accepted:
+        call["batch_size"] = len(items)
+    call["generator"] = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
+    return {**call, "output_type": "np", "return_dict": False}
+
+
+def to_pixels(output: Any) -> list[np.ndarray[Any, np.dtype[np.uint8]] | Exception]:
+    """uint8 (y, x, channel) or (frame, y, x, channel) per item from floats in [0, 1]; NaN is an error."""
+    pixels: list[np.ndarray[Any, np.dtype[np.uint8]] | Exception] = []
+    for array in np.asarray(output):
+        if not np.isfinite(array).all():
+            pixels.append(FloatingPointError("the output is not finite (NaN or infinity)"))
+        else:
+            pixels.append((array * 255).round().clip(0, 255).astype(np.uint8))
+    return pixels
+
+
+def _hush() -> None:
+    """The libraries' remarks and bars about loading concern nobody who watches a job."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _component(folder: Path, part: Component, stage: str | None, dtype: Any, device: str) -> Any:
+    import torch
+    from accelerate import init_empty_weights
+
+    module = {
+        "diffusers": "diffusers",
+        "transformers": "transformers",
+    }.get(part.library, f"diffusers.pipelines.{part.library}")
+    kind = getattr(importlib.import_module(module), part.kind)
+    home = folder / part.name
+    if part.stage is None:
+        return kind.from_pretrained(home)
+    if stage in (part.stage, WHOLE):
+        option = "torch_dtype" if part.library == "diffusers" else "dtype"
+        model = kind.from_pretrained(home, use_safetensors=True, **{option: dtype})
+        return model.eval().to(device)
+    with init_empty_weights(include_buffers=False):
+        if part.library == "diffusers":
+            model = kind.from_config(kind.load_config(home))
+        else:
+            model = kind(kind.config_class.from_pretrained(home))
+    return Phantom(model, dtype, torch.device(device))
+
+
+def _stops(pipeline: Any, call: dict[str, Any]) -> Any:
+    try:
+        pipeline(**call)
+    except StopStage as stop:
+        return stop.payload
+    return None
+
+
+@contextmanager
+def _patched(target: Any, **replacements: Any) -> Iterator[None]:
+    before = {name: target.__dict__.get(name, _ABSENT) for name in replacements}
+    for name, value in replacements.items():
+        object.__setattr__(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                object.__delattr__(target, name)
+            else:
+                object.__setattr__(target, name, value)
+
+
+def _map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(function, entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(function, entry) for entry in value)
+    return value
+
+
+def _to(value: Any, device: str) -> Any:
+    return _map_tensors(lambda tensor: tensor.detach().to(device), value)
+
+
+def _shapes(value: Any) -> Any:
+    """The shapes and dtypes of tensors: all that decoding needs to know of the embeddings."""
+    return _map_tensors(lambda tensor: _Shape(tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]), value)
+
+
+class _Shape(tuple[Any, ...]):
+    """(shape, dtype name) of a tensor that is not there."""
+
+    def __new__(cls, shape: tuple[int, ...], dtype: str) -> _Shape:
+        return super().__new__(cls, (shape, dtype))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+
+def _stand_ins(value: Any, device: str) -> Any:
+    """Tensors that weigh nothing: a scalar seen as the whole by zero strides."""
+    import torch
+
+    if isinstance(value, _Shape):
+        shape, dtype = value
+        return torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(shape)
+    if isinstance(value, dict):
+        return {key: _stand_ins(entry, device) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_stand_ins(entry, device) for entry in value)
+    return value

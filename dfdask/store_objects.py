@@ -1,0 +1,119 @@
+"""Objects of one run: whole bytes under a key, on a disk or in S3, through obstore."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dfdask.targets import SECRET_VARIABLES, Location, storage_error
+
+
+class TakenError(Exception):
+    """A create-only put found an object of that key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """The objects below ``location``. Methods raise what obstore raises; see ``storage_errors``."""
+
+    location: Location
+
+    def get(self, key: str) -> bytes | None:
+        """None where there is no such object, or no such folder."""
+        import obstore
+
+        if self.location.kind == "local" and not self.location.path.is_dir():
+            return None
+        try:
+            return bytes(obstore.get(backend(self.location), key).bytes())
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        """Store all of ``data`` or nothing; ``create``: only where there is no object yet, else TakenError.
+
+        One request, never a multipart upload: those cannot be create-only, and leave parts when killed.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        store = backend(self.location)
+        try:
+            obstore.put(store, key, data, mode="create" if create else "overwrite", use_multipart=False)
+        except AlreadyExistsError:
+            raise TakenError(key) from None
+        if self.location.kind == "local":
+            _to_disk(os.path.join(self.location.path, key))
+
+    def listing(self, prefix: str = "") -> Iterator[str]:
+        """The keys below ``prefix``, which is a whole folder; temporary files are left out."""
+        import obstore
+
+        if self.location.kind == "local" and not self.location.path.is_dir():
+            return
+        for page in obstore.list(backend(self.location), prefix or None):
+            yield from (entry["path"] for entry in page)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        import obstore
+
+        for key in list(keys):
+            try:
+                obstore.delete(backend(self.location), key)
+            except FileNotFoundError:
+                continue
+
+    def age_seconds(self, key: str) -> float:
+        """By the clock of the storage, which need not be ours. Raises FileNotFoundError."""
+        import obstore
+
+        store, probe = backend(self.location), f"now-{secrets.token_hex(8)}"
+        changed = obstore.head(store, key)["last_modified"]
+        obstore.put(store, probe, b"now")
+        try:
+            now = obstore.head(store, probe)["last_modified"]
+        finally:
+            obstore.delete(store, probe)
+        return (now - changed).total_seconds()
+
+    def zarr(self) -> Any:
+        """The run as a read-only Zarr store."""
+        from zarr.storage import ObjectStore
+
+        return ObjectStore(backend(self.location), read_only=True)
+
+
+def backend(location: Location) -> Any:
+    """The obstore store of a run; connections are shared within the process."""
+    return _backend(location, tuple(os.environ.get(name) for name in SECRET_VARIABLES))
+
+
+@lru_cache(maxsize=64)
+def _backend(location: Location, _keys: tuple[str | None, ...]) -> Any:
+    return location.object_store(create=True)
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turns what obstore and the system raise into a StorageError that starts with ``what``."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        raise storage_error(what, error) from None
+
+
+def _to_disk(path: str) -> None:
+    """A commit must not outlive its data when the machine loses power: a rename alone does not promise that."""
+    for name in (path, os.path.dirname(path)):
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
