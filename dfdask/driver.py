@@ -19,10 +19,13 @@ from dfdask.gate import NAME, WRITE, Gate, stage_resource, task_key
 from dfdask.prompts import ItemTable
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
-from dfdask.worker import Preload, run_stage, write_shard
+from dfdask.worker import Preload, inspect_here, run_stage, write_shard
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+
+    from dfdask.items import Item
+    from dfdask.stages.check import Inspected
 
 WINDOW_PER_WORKER = 6  # micro-batches in flight: three times the two that the gate assigns
 POLL_SECONDS = 0.5
@@ -207,6 +210,29 @@ class _Graph:
         }
         dependencies = {stage: set(names[max(place - 1, 0) : place]) for place, stage in enumerate(names)}
         return HighLevelGraph(layers, dependencies)
+
+
+def inspect_on_worker(client: Client, ref: ModelRef, samples: list[Item]) -> Inspected:
+    """``inspect_model`` on any worker: the client needs neither torch nor the time to import it.
+
+    Raises SpecError, ModelError, and ClusterError where there is no worker.
+    """
+    client.register_plugin(Preload())
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            client.wait_for_workers(1, timeout=left)
+            address = next(iter(client.scheduler_info(n_workers=1)["workers"]))
+            found: Inspected = client.run(inspect_here, ref, samples, workers=[address])[address]
+            return found
+        except DfdaskError:
+            raise
+        except (TimeoutError, StopIteration):
+            continue
+        except OSError:  # that worker went away
+            time.sleep(POLL_SECONDS)
+    address = client.scheduler.address if client.scheduler else "SCHEDULER"
+    raise ClusterError(f"no workers in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker {address}")
 
 
 def token_for(fingerprint: str, output: str) -> str:

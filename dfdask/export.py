@@ -12,29 +12,28 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dfdask.errors import StorageError
 from dfdask.export_formats import WRITERS, Picture, Writer
+from dfdask.store import FAILED, OK, RunStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    from numpy.typing import NDArray
     from PIL import Image
-
-    from dfdask.store import RunStore
 
 Format = Literal["png", "webdataset", "parquet"]
 MARKER = ".dfdask-export.json"
 FAILURES = "failures.jsonl"
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,119}")
 _PNG_LEVEL = 4  # half the time of zlib's default for 3% more bytes
 
@@ -61,7 +60,7 @@ def export_run(store: RunStore, format: Format, destination: Path, overwrite: bo
         )
     if format not in WRITERS:
         raise StorageError(f"unknown format {format!r}; choose one of {', '.join(WRITERS)}")
-    destination = Path(os.path.abspath(Path(destination).expanduser()))
+    destination = Path(os.path.abspath(os.path.expanduser(destination)))
     _check_destination(store, destination, overwrite)
     if not store.committed():
         raise StorageError(f"{store.location} has no finished pictures yet; run the job first")
@@ -87,10 +86,10 @@ def picture(pixels: NDArray[np.uint8], height: int | None = None, width: int | N
     from PIL import Image
 
     channels = pixels.shape[-1]
-    if channels not in _MODES:
+    if channels > 4:
         raise StorageError(f"pictures with {channels} channels cannot be exported; read them with run.dataset()")
     shown = pixels[:height, :width]
-    return Image.fromarray(shown[..., 0] if channels == 1 else shown, mode=None)
+    return Image.fromarray(shown[..., 0] if channels == 1 else shown)
 
 
 def own_size(columns: Mapping[str, Any], row: int, layout_size: tuple[int, int]) -> tuple[int, int]:
@@ -101,54 +100,37 @@ def own_size(columns: Mapping[str, Any], row: int, layout_size: tuple[int, int])
     )
 
 
-def _write(store: RunStore, writer: Any, folder: Path) -> tuple[int, int]:
+def _write(store: RunStore, writer: Writer, folder: Path) -> tuple[int, int]:
     """Stream all committed shards into ``writer``; how many items are in it and how many have failed."""
     items = failed = 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with closing(writer), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for record in store.commits():
             values = store.read_shard(int(record["shard"]), record)
-            broken = list(_failures(values))
+            ok = np.flatnonzero(values["status"] == OK).tolist()
+            for made in pool.map(partial(_made, store, values, int(record["start"])), ok):
+                writer.add(made)
+            writer.end_of_shard()
+            broken = np.flatnonzero(values["status"] == FAILED).tolist()
             if broken:
                 with (folder / FAILURES).open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in broken)
-            for made in pool.map(lambda row: _made(*row), _ok_rows(store, values, int(record["start"]))):
-                writer.add(made)
-                items += 1
+                    file.writelines(json.dumps(_failure(values, row), ensure_ascii=False) + "\n" for row in broken)
+            items += len(ok)
             failed += len(broken)
-            writer.end_of_shard()
-        writer.close()
     return items, failed
 
 
-def _ok_rows(
-    store: RunStore, values: Mapping[str, NDArray[Any]], start: int
-) -> Iterator[tuple[RunStore, Mapping[str, NDArray[Any]], int, int]]:
-    from dfdask.store import OK
-
-    for row, status in enumerate(values["status"]):
-        if status == OK:
-            yield store, values, row, start + row
-
-
-def _made(store: RunStore, values: Mapping[str, NDArray[Any]], row: int, item: int) -> Picture:
+def _made(store: RunStore, values: Mapping[str, NDArray[Any]], start: int, row: int) -> Picture:
     columns = {name: values[name] for name in store.columns}
     height, width = own_size(columns, row, (store.layout.item_shape[-3], store.layout.item_shape[-2]))
     buffer = BytesIO()
     picture(values["image"][row], height, width).save(buffer, "PNG", compress_level=_PNG_LEVEL)
     others = {name: plain(column[row]) for name, column in columns.items() if name not in ("id", "prompt", "seed")}
-    ident = str(columns["id"][row]) if "id" in columns else f"{item:06d}"
-    prompt = str(columns["prompt"][row]) if "prompt" in columns else ""
-    seed = int(columns["seed"][row]) if "seed" in columns else 0
-    return Picture(file_name(ident, item), ident, prompt, seed, others, buffer.getvalue())
+    ident, prompt, seed = str(columns["id"][row]), str(columns["prompt"][row]), int(columns["seed"][row])
+    return Picture(file_name(ident, start + row), ident, prompt, seed, others, buffer.getvalue())
 
 
-def _failures(values: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
-    from dfdask.store import FAILED
-
-    for row, status in enumerate(values["status"]):
-        if status == FAILED:
-            known = {name: plain(values[name][row]) for name in ("id", "prompt", "seed") if name in values}
-            yield {**known, "error": str(values["error"][row])}
+def _failure(values: Mapping[str, NDArray[Any]], row: int) -> dict[str, Any]:
+    return {name: plain(values[name][row]) for name in ("id", "prompt", "seed", "error")}
 
 
 def plain(value: Any) -> Any:
@@ -167,13 +149,14 @@ def file_name(ident: str, item: int) -> str:
 
 def _check_destination(store: RunStore, destination: Path, overwrite: bool) -> None:
     if store.location.kind == "local":
-        run, target = store.location.path.resolve(), destination.resolve()
+        run, target = Path(os.path.realpath(store.location.path)), Path(os.path.realpath(destination))
         if run.is_relative_to(target) or target.is_relative_to(run):
             raise StorageError(f"{destination} and the run {store.location} overlap; export to another folder")
     try:
-        if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
+        folder = destination.is_dir() and not destination.is_symlink()
+        if not os.path.lexists(destination) or (folder and not any(destination.iterdir())):
             return
-        exported = (destination / MARKER).is_file() and not destination.is_symlink()
+        exported = folder and (destination / MARKER).is_file()
     except OSError as error:
         raise StorageError(f"cannot export to {destination}: {error}") from None
     if not overwrite:

@@ -25,7 +25,8 @@ class Picture:
     png: bytes
 
     def about(self) -> dict[str, Any]:
-        return {**self.arguments, "id": self.id, "prompt": self.prompt, "seed": self.seed}
+        """Everything but the pixels, by the name of its column."""
+        return {"id": self.id, "prompt": self.prompt, "seed": self.seed, **self.arguments}
 
 
 class Writer(Protocol):
@@ -53,8 +54,9 @@ class PngFolder:
         # Exclusive: on disks that ignore case, Cat.png would silently replace cat.png.
         with (self._folder / name).open("xb") as file:
             file.write(picture.png)
-        about = picture.about()
-        line = {"file_name": name, "text": about.pop("prompt"), **about}
+        fixed = {"file_name": name, "text": picture.prompt}
+        about = {key: value for key, value in picture.about().items() if key not in ("prompt", *fixed)}
+        line = {**fixed, **about}
         self._metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.files += 1
 
@@ -110,9 +112,7 @@ class ParquetDataset:
 
     def add(self, picture: Picture) -> None:
         image = {"bytes": picture.png, "path": f"{picture.name}.png"}
-        others = {name: value for name, value in picture.arguments.items() if name != "image"}
-        about = {"id": picture.id, "prompt": picture.prompt, "seed": picture.seed}
-        self._rows.append({"image": image, **about, **others})
+        self._rows.append({"image": image, **picture.about()})
         self._bytes += len(picture.png)
 
     def end_of_shard(self) -> None:

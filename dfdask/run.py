@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,6 @@ def _spec(job: JobSpec | Mapping[str, Any] | str | Path | None, fields: Mapping[
 def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, cluster: JobCluster) -> Run:
     """The run's store, new or the one that is there already, and the work that is left."""
     from dfdask.driver import Work, missing_shards, token_for
-    from dfdask.stages.check import check_job
 
     canonical = {**spec.canonical(), "model_digest": ref.digest}
     identity = fingerprint(canonical, table.digest())
@@ -263,36 +263,18 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
     if new_run:
         location = _unoccupied(location)
     location.check_writable()
-    checked = check_job(ref, table)
-    layout = Layout(
-        kind=checked.output.kind,
-        item_shape=checked.output.item_shape,
-        items=len(table),
-        shard_items=spec.shard or _shard_items(len(table), spec.batch, checked.output.item_shape),
-    )
     versions = _versions()
     if RunStore.exists(location):
         store = RunStore.open(location)
     else:
-        attributes = {
-            "version": FORMAT_VERSION,
-            "spec": canonical,
-            "items_digest": table.digest(),
-            "fingerprint": identity,
-            "stages": list(checked.stages),
-            "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
-            "versions": versions,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        columns = {**table.columns(), **_size_columns(checked.output.sizes)}
-        cluster.client()  # no store is made for a job that cannot start
-        store = RunStore.create(location, layout, columns, {"dfdask": attributes})
+        facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": versions}
+        store = _create(location, spec, ref, table, facts, cluster)
     _check_same(store, canonical, table, identity)
     run = Run(store)
     layout = store.layout
     run._work = Work(
         ref=ref,
-        stages=checked.stages,
+        stages=tuple(store.attributes["dfdask"]["stages"]),
         store=store,
         table=table,
         batch=spec.batch,
@@ -302,6 +284,32 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
     )
     store.sweep()
     return run
+
+
+def _create(
+    location: Location, spec: JobSpec, ref: ModelRef, table: ItemTable, facts: dict[str, Any], cluster: JobCluster
+) -> RunStore:
+    """A new store, once the model has been seen to take the job."""
+    from dfdask.driver import inspect_on_worker
+    from dfdask.stages.check import check_job
+
+    client = cluster.client()  # no store is made for a job that cannot start
+    checked = check_job(ref, table, partial(inspect_on_worker, client))
+    layout = Layout(
+        kind=checked.output.kind,
+        item_shape=checked.output.item_shape,
+        items=len(table),
+        shard_items=spec.shard or _shard_items(len(table), spec.batch, checked.output.item_shape),
+    )
+    attributes = {
+        "version": FORMAT_VERSION,
+        **facts,
+        "stages": list(checked.stages),
+        "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    columns = {**table.columns(), **_size_columns(checked.output.sizes)}
+    return RunStore.create(location, layout, columns, {"dfdask": attributes})
 
 
 def _check_same(store: RunStore, canonical: Mapping[str, Any], table: ItemTable, identity: str) -> None:

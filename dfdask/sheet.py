@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dfdask.errors import StorageError
 from dfdask.export import own_size, picture
+from dfdask.store import FAILED, RunStore
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
-
-    from dfdask.store import RunStore
 
 SHEET_NAME = "contact-sheet.png"
 _MARGIN_PX, _GAP_PX, _TITLE_PX, _LINE_PX = 28, 16, 58, 18
@@ -73,14 +72,12 @@ def _spread(ranges: list[range], limit: int) -> list[int]:
 
 
 def _tiles(store: RunStore, rows: list[int]) -> Iterator[_Tile]:
-    from dfdask.store import FAILED
-
     layout = store.layout
-    names = [name for name in ("prompt", "height", "width") if name in store.columns]
+    sizes = [name for name in ("height", "width") if name in store.columns]
     for start, stop in _runs(rows):
-        values = store.read(start, stop, [layout.kind, "status", "error", *names])
+        values = store.read(start, stop, [layout.kind, "status", "error", "prompt", *sizes])
         for row in range(stop - start):
-            caption = str(values["prompt"][row]) if "prompt" in values else f"item {start + row}"
+            caption = str(values["prompt"][row])
             if values["status"][row] == FAILED:
                 yield _Tile(None, caption, str(values["error"][row]))
                 continue
@@ -169,7 +166,8 @@ def _font(size_px: int) -> Any:
 
 def _wrapped(text: str, font: Any, room_px: int, lines: int) -> list[str]:
     """At most ``lines`` lines of at most ``room_px``, broken between words, the last one cut with an ellipsis."""
-    words = " ".join(text.split()).split(" ")
+    # No tile has room for more characters; measuring a novel takes minutes, and Pillow refuses a megabyte.
+    words = " ".join(text.split())[: lines * room_px].split()
     made: list[str] = []
     while words and len(made) < lines - 1:
         count = len(words)

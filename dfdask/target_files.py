@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ def read_target(path: Path) -> Target:
             )
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise StorageError(f"{path}: kind: must be local or s3, got {reprlib.repr(kind)}")
+        raise StorageError(f"{path}: kind: must be local or s3, got {_shown(kind)}")
     for key, value in values.items():
         if key not in _KEYS[kind]:
             near = difflib.get_close_matches(key, _KEYS[kind], 1)
@@ -73,8 +72,7 @@ def read_target(path: Path) -> Target:
             raise StorageError(f"{path}: {key}: unknown key{hint} (known keys: {', '.join(_KEYS[kind])})")
         if type(value) is not (wanted := _KEYS[kind][key]):
             word = "text" if wanted is str else "true or false"
-            # Shortened: aliases make a value of a few lines that is endless when written out.
-            raise StorageError(f"{path}: {key}: must be {word}, got {reprlib.repr(value)}")
+            raise StorageError(f"{path}: {key}: must be {word}, got {_shown(value)}")
     return _local(path, values) if kind == "local" else _s3(path, values)
 
 
@@ -115,6 +113,11 @@ def _s3(path: Path, values: dict[str, Any]) -> Target:
     if endpoint.startswith("http://") and not values.get("allow_http"):
         raise StorageError(f"{path}: endpoint: {endpoint} is not encrypted; say allow_http: true to accept that")
     return Target("s3", f"{bucket}/{prefix}".rstrip("/"), values)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message. Lists are not spelled out: with aliases, a few lines of YAML make an endless one."""
+    return f"a {type(value).__name__}" if isinstance(value, (list, dict, set, tuple)) else repr(value)[:100]
 
 
 def at_home(text: str) -> Path:

@@ -78,8 +78,6 @@ class Location:
             store = self._open("", create=True, quick=True)
             obstore.put(store, probe, b"dfdask", mode="create")
             obstore.delete(store, probe)
-        except StorageError as error:
-            raise StorageError(f"cannot write to {self}: {error}") from None
         except (BaseError, OSError) as error:
             raise storage_error(f"cannot write to {self}", error, self._advice()) from None
 
@@ -96,7 +94,11 @@ class Location:
             return S3Store(
                 bucket,
                 prefix=f"{prefix}/{name}".strip("/") or None,
-                client_options={"allow_http": self.allow_http, "connect_timeout": "5 s", "timeout": "10 s" if quick else "300 s"},
+                client_options={
+                    "allow_http": self.allow_http,
+                    "connect_timeout": "5 s",
+                    "timeout": "10 s" if quick else "300 s",
+                },
                 retry_config={
                     "max_retries": 2 if quick else 10,
                     "retry_timeout": timedelta(seconds=10 if quick else 120),
@@ -105,7 +107,7 @@ class Location:
                 **{key: value for key, value in options.items() if value is not None},
             )
         except (BaseError, OSError, ValueError) as error:
-            raise storage_error(f"cannot open {self}", error) from None
+            raise storage_error(f"cannot open {self}", error, self._advice()) from None
 
     def _advice(self) -> str:
         if self.kind == "local":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from distributed import get_worker, secede
@@ -19,6 +20,9 @@ from dfdask.stages.model import ModelRef
 from dfdask.stages.residency import held_stage
 from dfdask.store import RunStore
 from dfdask.targets import Location
+
+if TYPE_CHECKING:
+    from dfdask.stages.check import Inspected
 
 OK, FAILED = 1, 2  # values of the status array
 
@@ -39,6 +43,18 @@ def _import_heavy() -> None:
         from dfdask.stages import cut
 
         cut.import_libraries()
+
+
+async def inspect_here(ref: ModelRef, samples: list[Item]) -> Inspected:
+    """``inspect_model`` on this worker, beside what it computes. Raises SpecError and ModelError."""
+
+    def inspect() -> Inspected:
+        with _importing:
+            from dfdask.stages.check import inspect_model
+
+            return inspect_model(ref, samples)
+
+    return await asyncio.to_thread(inspect)
 
 
 def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:

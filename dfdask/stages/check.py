@@ -1,10 +1,10 @@
-"""Ask the pipeline itself, before any worker starts, whether it takes the job's arguments and what it will make."""
+"""Ask the pipeline itself, before anything is computed, whether it takes the job and what it will make."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,33 +34,55 @@ class Checked:
     output: Output
 
 
-def check_job(ref: ModelRef, items: Iterable[Item]) -> Checked:
-    """Raises SpecError for arguments that the pipeline refuses, ModelError for one that cannot be opened."""
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A model's stages in order, and the shape that it makes of each sample, without the channels."""
+
+    stages: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def check_job(
+    ref: ModelRef, items: Iterable[Item], inspector: Callable[[ModelRef, list[Item]], Inspected] | None = None
+) -> Checked:
+    """What ``ref`` makes of ``items``; ``inspector`` calls ``inspect_model`` where the libraries are.
+
+    Raises SpecError for arguments that the pipeline refuses, ModelError for one that cannot be opened.
+    """
     if ref.fake is not None:
         return Checked(tuple(ref.fake.stages), Output("image", (ref.fake.height, ref.fake.width, 3)))
-    folder = locate(ref.source, ref.revision)
-    stages = stage_names(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = open_pipeline(ref, None, "cpu")
-    shapes: dict[str, tuple[int, ...]] = {}
-    found: list[tuple[int, ...]] = []
+    places: dict[str, int] = {}
+    samples: list[Item] = []
+    sample_of: list[int] = []
     for item in items:
         key = canonical_json({name: value for name, value in item.arguments.items() if "prompt" not in name})
-        if key not in shapes:
-            if len(shapes) >= _MAX_CHECKED:
+        if key not in places:
+            if len(samples) >= _MAX_CHECKED:
                 raise SpecError(f"arguments: more than {_MAX_CHECKED} different combinations in one job; split the job")
-            shapes[key] = _shape(pipeline, item, stages)
-        found.append(shapes[key])
-    kinds = set(found)
+            places[key] = len(samples)
+            samples.append(item)
+        sample_of.append(places[key])
+    inspected = (inspector or inspect_model)(ref, samples)
+    kinds = set(inspected.shapes)
     if len({shape[:-2] for shape in kinds}) > 1:
         raise SpecError(
             f"arguments: items of one run must have the same number of frames, got {sorted(kinds)}; make a run for each"
         )
     height, width = max(shape[-2] for shape in kinds), max(shape[-1] for shape in kinds)
-    frames = found[0][:-2]
-    sizes = tuple((shape[-2], shape[-1]) for shape in found) if len(kinds) > 1 else None
-    return Checked(stages, Output("video" if frames else "image", (*frames, height, width, 3), sizes))
+    frames = inspected.shapes[0][:-2]
+    sizes = None
+    if len(kinds) > 1:
+        sizes = tuple((inspected.shapes[place][-2], inspected.shapes[place][-1]) for place in sample_of)
+    return Checked(inspected.stages, Output("video" if frames else "image", (*frames, height, width, 3), sizes))
+
+
+def inspect_model(ref: ModelRef, samples: Sequence[Item]) -> Inspected:
+    """Open the pipeline of ``ref`` without weights and try ``samples`` on it. Raises SpecError and ModelError."""
+    stages = stage_names(locate(ref.source, ref.revision))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = open_pipeline(ref, None, "cpu")
+    return Inspected(stages, tuple(_shape(pipeline, item, stages) for item in samples))
 
 
 def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...]:

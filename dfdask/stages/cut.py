@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,14 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
     for key, value in index.items():
         if key in accepted and key not in loaded:
             loaded[key] = None if isinstance(value, (list, tuple)) else value
-    pipeline = kind(**loaded)
+    try:
+        pipeline = kind(**loaded)
+    except Exception as error:
+        what = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model: {folder / 'model_index.json'} does not describe a whole {name}: {type(error).__name__}: {what}; "
+            "download or save the model again"
+        ) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -126,6 +135,7 @@ class PipelineStage:
         if ref.strict:
             torch.set_num_threads(1)
             torch.use_deterministic_algorithms(True, warn_only=True)
+        self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
         self._pipeline = open_pipeline(ref, stage, self._device)
         self._run: Callable[[dict[str, Any], Any], Any] = {
@@ -138,7 +148,7 @@ class PipelineStage:
     def run(self, items: Sequence[Item], state: Any) -> Any:
         import torch
 
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             return self._run(pipeline_call(self._pipeline, items), state)
 
     def _encode(self, call: dict[str, Any], state: Any) -> Any:
@@ -241,11 +251,13 @@ def _component(folder: Path, part: Component, stage: str | None, dtype: Any, dev
     }.get(part.library, f"diffusers.pipelines.{part.library}")
     kind = getattr(importlib.import_module(module), part.kind)
     home = folder / part.name
+    # transformers would ask at the terminal whether it may run a model's own code.
+    closed = {"trust_remote_code": False} if part.library == "transformers" and part.kind.startswith("Auto") else {}
     if part.stage is None:
-        return kind.from_pretrained(home)
+        return kind.from_pretrained(home, **closed)
     if stage in (part.stage, WHOLE):
         option = "torch_dtype" if part.library == "diffusers" else "dtype"
-        model = kind.from_pretrained(home, use_safetensors=True, **{option: dtype})
+        model = kind.from_pretrained(home, use_safetensors=True, **{option: dtype}, **closed)
         return model.eval().to(device)
     with init_empty_weights(include_buffers=False):
         if part.library == "diffusers":
@@ -299,14 +311,15 @@ def _shapes(value: Any) -> Any:
     return _map_tensors(lambda tensor: _Shape(tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]), value)
 
 
-class _Shape(tuple[Any, ...]):
-    """(shape, dtype name) of a tensor that is not there."""
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A tensor that is not there; slicing it slices its items."""
 
-    def __new__(cls, shape: tuple[int, ...], dtype: str) -> _Shape:
-        return super().__new__(cls, (shape, dtype))
+    shape: tuple[int, ...]
+    dtype: str
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self)
+    def __getitem__(self, part: slice) -> _Shape:
+        return _Shape((len(range(self.shape[0])[part]), *self.shape[1:]), self.dtype)
 
 
 def _stand_ins(value: Any, device: str) -> Any:
@@ -314,8 +327,7 @@ def _stand_ins(value: Any, device: str) -> Any:
     import torch
 
     if isinstance(value, _Shape):
-        shape, dtype = value
-        return torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(shape)
+        return torch.zeros((), dtype=getattr(torch, value.dtype), device=device).expand(value.shape)
     if isinstance(value, dict):
         return {key: _stand_ins(entry, device) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
