@@ -12,9 +12,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 Format = Literal["png", "webdataset", "parquet"]
 MARKER = ".dfdask-export.json"
-FAILURES = "failures.jsonl"
+FAILURES = (
+    "failures.log"  # JSON lines; called .jsonl, Hugging Face `datasets` takes it for the data beside a single tar
+)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,119}")
 _PNG_LEVEL = 4  # half the time of zlib's default for 3% more bytes
 
@@ -103,7 +105,7 @@ def own_size(columns: Mapping[str, Any], row: int, layout_size: tuple[int, int])
 def _write(store: RunStore, writer: Writer, folder: Path) -> tuple[int, int]:
     """Stream all committed shards into ``writer``; how many items are in it and how many have failed."""
     items = failed = 0
-    with closing(writer), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with _closing(writer), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for record in store.commits():
             values = store.read_shard(int(record["shard"]), record)
             ok = np.flatnonzero(values["status"] == OK).tolist()
@@ -117,6 +119,17 @@ def _write(store: RunStore, writer: Writer, folder: Path) -> tuple[int, int]:
             items += len(ok)
             failed += len(broken)
     return items, failed
+
+
+@contextmanager
+def _closing(writer: Writer) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # what it has to say now follows from the first error
+            writer.close()
+        raise
+    writer.close()
 
 
 def _made(store: RunStore, values: Mapping[str, NDArray[Any]], start: int, row: int) -> Picture:

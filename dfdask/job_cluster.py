@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ class JobCluster:
         self._fleet: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._open, name="dfdask-cluster", daemon=True)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the job starts its own workers."""
+        return self._given is None and self._scheduler is None
 
     @property
     def ready(self) -> bool:
@@ -57,28 +63,25 @@ class JobCluster:
         self._client = self._fleet = None
 
     def _open(self) -> None:
-        from distributed import Client
-
         try:
-            if self._given is not None:
-                self._client = self._given
-                return
-            address = self._scheduler
-            if address is None:
-                from dfdask.cluster import LocalFleet
-
-                self._fleet = LocalFleet(self._workers)
-                address = self._fleet.address
-            self._client = Client(address, timeout=10, set_as_default=False, name="dfdask")
-            if self._preload and self._fleet is not None:
-                from dfdask.worker import Preload
-
-                self._client.register_plugin(Preload())
-        except (OSError, TimeoutError, ValueError, TypeError) as error:
-            why = " ".join(str(error).split())[:200] or type(error).__name__
-            self._error = ClusterError(
-                f"scheduler: cannot connect to {self._scheduler or 'the local cluster'} ({why}); "
-                "check the address, or start one with `dfdask scheduler`"
-            )
+            self._client = self._given or self._connect()
         except BaseException as error:
             self._error = error
+
+    def _connect(self) -> Client:
+        from distributed import Client
+
+        from dfdask.cluster import LocalFleet, check_scheduler
+
+        address = self._scheduler
+        if address is None:
+            self._fleet = LocalFleet(self._workers)
+            address = self._fleet.address
+        else:
+            asyncio.run(check_scheduler(address))  # a client that cannot connect leaves a traceback behind
+        client = Client(address, timeout=10, set_as_default=False, name="dfdask")
+        if self._preload and self._fleet is not None:
+            from dfdask.worker import Preload
+
+            client.register_plugin(Preload())
+        return client

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from dfdask.events import Phase, Progress, ShardCommitted, StageProgress
 from dfdask.job_cluster import JobCluster
 from dfdask.prompts import ItemTable, read_items
 from dfdask.spec import JobSpec, diff_specs, fingerprint
-from dfdask.stages.model import ModelRef, model_ref
+from dfdask.stages.model import ModelRef, model_ref, with_defaults
 from dfdask.store import RunStore
 from dfdask.store_layout import Layout
 from dfdask.targets import Location, resolve_output
@@ -52,7 +52,7 @@ def submit(
     """
     import dfdask.driver  # noqa: F401  two threads must not be the first to import distributed at once
 
-    spec = _spec(job, fields)
+    spec = with_defaults(_spec(job, fields))
     cluster = JobCluster(client, scheduler, spec)
     cluster.start()  # while this thread reads and checks the job
     try:
@@ -266,6 +266,7 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
     versions = _versions()
     if RunStore.exists(location):
         store = RunStore.open(location)
+        _check_roles(spec, store.attributes["dfdask"]["stages"], cluster)
     else:
         facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": versions}
         store = _create(location, spec, ref, table, facts, cluster)
@@ -295,6 +296,7 @@ def _create(
 
     client = cluster.client()  # no store is made for a job that cannot start
     checked = check_job(ref, table, partial(inspect_on_worker, client))
+    _check_roles(spec, checked.stages, cluster)
     layout = Layout(
         kind=checked.output.kind,
         item_shape=checked.output.item_shape,
@@ -310,6 +312,19 @@ def _create(
     }
     columns = {**table.columns(), **_size_columns(checked.output.sizes)}
     return RunStore.create(location, layout, columns, {"dfdask": attributes})
+
+
+def _check_roles(spec: JobSpec, stages: Sequence[str], cluster: JobCluster) -> None:
+    """Raise SpecError where the job starts its own workers and leaves a stage to nobody."""
+    if not cluster.is_local or not isinstance(spec.workers, list) or any(not group.stages for group in spec.workers):
+        return
+    staffed = {stage for group in spec.workers for stage in group.stages or ()}
+    missing = [stage for stage in stages if stage not in staffed]
+    if missing:
+        raise SpecError(
+            f"workers: no group runs {', '.join(missing)}, the groups run {', '.join(sorted(staffed))}; "
+            f"the stages of this model are {', '.join(stages)}"
+        )
 
 
 def _check_same(store: RunStore, canonical: Mapping[str, Any], table: ItemTable, identity: str) -> None:

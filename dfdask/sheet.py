@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -12,19 +15,23 @@ from typing import TYPE_CHECKING, Any
 from dfdask.errors import StorageError
 from dfdask.export import own_size, picture
 from dfdask.store import FAILED, RunStore
+from dfdask.words import count
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 SHEET_NAME = "contact-sheet.png"
-_MARGIN_PX, _GAP_PX, _TITLE_PX, _LINE_PX = 28, 16, 58, 18
+_THUMB_PX, _MARGIN_PX, _GAP_PX, _TITLE_PX, _LINE_PX = 168, 28, 16, 58, 18
+_READERS = 4
+_READ_BYTES = 32_000_000
+_MAX_CHARACTERS = 500  # more than any tile has room for; prompts may be novels
 _CAPTION_LINES = 2
 _PAGE, _INK, _FAINT, _TILE, _FAILED = "#ffffff", "#1f2328", "#6e7781", "#f3f4f6", "#e5e7eb"
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """One item to draw: its picture, or None where it failed and ``note`` says why."""
+    """One item to draw: its thumbnail, or None where it failed and ``note`` says why."""
 
     image: Image.Image | None
     caption: str
@@ -38,24 +45,26 @@ def write_sheet(store: RunStore) -> str:
     return store.put_report(SHEET_NAME, buffer.getvalue())
 
 
-def contact_sheet(store: RunStore, limit: int = 100, thumb_px: int = 168) -> Image.Image:
+def contact_sheet(store: RunStore, limit: int = 100) -> Image.Image:
     """At most ``limit`` committed items, evenly spread over the run, as one RGB image.
 
-    Thumbnails fit a square of ``thumb_px``; a video shows its middle frame. Raises StorageError where nothing
-    is committed yet.
+    A video shows its middle frame. Raises StorageError where nothing is committed yet.
     """
-    if limit < 1 or thumb_px < 16:
-        raise ValueError(f"limit must be at least 1 and thumb_px at least 16, got {limit} and {thumb_px}")
     records = store.commits()
     rows = _spread([range(int(record["start"]), int(record["stop"])) for record in records], limit)
     if not rows:
         raise StorageError(f"{store.location} has no finished pictures yet; run the job first")
     done = sum(int(record["stop"]) - int(record["start"]) for record in records)
     failed = sum(int(record["failed"]) for record in records)
-    facts = [f"{done:,} of {store.layout.items:,} items" if done < store.layout.items else f"{done:,} items"]
+    items = count(store.layout.items, "item")
+    facts = [items if done == store.layout.items else f"{done:,} of {items}"]
     facts += [f"{failed:,} failed"] if failed else []
     facts += [f"{len(rows):,} shown"] if len(rows) < done else []
-    return _drawn(list(_tiles(store, rows)), store.location.name, ", ".join(facts), thumb_px)
+    most = max(1, min(8, _READ_BYTES // store.layout.item_bytes))
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = pool.map(lambda part: _tiles(store, *part), _runs(rows, most))
+        tiles = [tile for part in parts for tile in part]
+    return _drawn(tiles, _readable(store.location.name), ", ".join(facts))
 
 
 def _spread(ranges: list[range], limit: int) -> list[int]:
@@ -71,23 +80,25 @@ def _spread(ranges: list[range], limit: int) -> list[int]:
     return chosen
 
 
-def _tiles(store: RunStore, rows: list[int]) -> Iterator[_Tile]:
+def _tiles(store: RunStore, start: int, stop: int) -> list[_Tile]:
+    """The items ``start`` to ``stop`` (exclusive)."""
     layout = store.layout
     sizes = [name for name in ("height", "width") if name in store.columns]
-    for start, stop in _runs(rows):
-        values = store.read(start, stop, [layout.kind, "status", "error", "prompt", *sizes])
-        for row in range(stop - start):
-            caption = str(values["prompt"][row])
-            if values["status"][row] == FAILED:
-                yield _Tile(None, caption, str(values["error"][row]))
-                continue
-            pixels = values[layout.kind][row]
-            pixels = pixels[len(pixels) // 2] if layout.kind == "video" else pixels
-            size = own_size(values, row, (layout.item_shape[-3], layout.item_shape[-2]))
-            yield _Tile(picture(pixels, *size), caption, "")
+    values = store.read(start, stop, [layout.kind, "status", "error", "prompt", *sizes])
+    tiles = []
+    for row in range(stop - start):
+        caption = _readable(str(values["prompt"][row])) or f"item {start + row}"
+        if values["status"][row] == FAILED:
+            tiles.append(_Tile(None, caption, _readable(str(values["error"][row]))))
+            continue
+        pixels = values[layout.kind][row]
+        pixels = pixels[len(pixels) // 2] if layout.kind == "video" else pixels
+        size = own_size(values, row, (layout.item_shape[-3], layout.item_shape[-2]))
+        tiles.append(_Tile(_thumbnail(picture(pixels, *size)), caption, ""))
+    return tiles
 
 
-def _runs(rows: list[int], most: int = 8) -> Iterator[tuple[int, int]]:
+def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int]]:
     """Neighbouring rows as (start, stop): read together, but few at a time."""
     start = 0
     for place in range(1, len(rows) + 1):
@@ -96,14 +107,14 @@ def _runs(rows: list[int], most: int = 8) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def _drawn(tiles: list[_Tile], title: str, facts: str, thumb_px: int) -> Image.Image:
+def _drawn(tiles: list[_Tile], title: str, facts: str) -> Image.Image:
     from PIL import Image, ImageDraw
 
     columns = _columns(len(tiles))
     lines = -(-len(tiles) // columns)
-    captions = [_wrapped(tile.caption, _font(13), thumb_px, _CAPTION_LINES) for tile in tiles]
-    cell_height = thumb_px + 8 + max(map(len, captions)) * _LINE_PX
-    width = max(2 * _MARGIN_PX + columns * (thumb_px + _GAP_PX) - _GAP_PX, 420)
+    captions = [_wrapped(tile.caption, _font(13), _THUMB_PX, _CAPTION_LINES) for tile in tiles]
+    cell_height = _THUMB_PX + 8 + max(map(len, captions)) * _LINE_PX
+    width = max(2 * _MARGIN_PX + columns * (_THUMB_PX + _GAP_PX) - _GAP_PX, 420)
     height = 2 * _MARGIN_PX + _TITLE_PX + lines * (cell_height + _GAP_PX) - _GAP_PX
     sheet = Image.new("RGB", (width, height), _PAGE)
     draw = ImageDraw.Draw(sheet)
@@ -112,11 +123,11 @@ def _drawn(tiles: list[_Tile], title: str, facts: str, thumb_px: int) -> Image.I
     draw.text((_MARGIN_PX, _MARGIN_PX + 24), _fitted(facts, _font(14), room), fill=_FAINT, font=_font(14))
     for place, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         line, column = divmod(place, columns)
-        left = _MARGIN_PX + column * (thumb_px + _GAP_PX)
+        left = _MARGIN_PX + column * (_THUMB_PX + _GAP_PX)
         top = _MARGIN_PX + _TITLE_PX + line * (cell_height + _GAP_PX)
-        _draw_tile(sheet, draw, tile, (left, top), thumb_px)
+        _draw_tile(sheet, draw, tile, (left, top))
         for number, text in enumerate(caption):
-            draw.text((left, top + thumb_px + 6 + number * _LINE_PX), text, fill=_INK, font=_font(13))
+            draw.text((left, top + _THUMB_PX + 6 + number * _LINE_PX), text, fill=_INK, font=_font(13))
     return sheet
 
 
@@ -127,30 +138,28 @@ def _columns(tiles: int) -> int:
     return min(near, key=lambda columns: (-tiles % columns, abs(columns - wanted)), default=1)
 
 
-def _draw_tile(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: _Tile, corner: tuple[int, int], thumb_px: int
-) -> None:
+def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: _Tile, corner: tuple[int, int]) -> None:
     left, top = corner
-    box = (left, top, left + thumb_px - 1, top + thumb_px - 1)
+    box = (left, top, left + _THUMB_PX - 1, top + _THUMB_PX - 1)
     if tile.image is None:
         draw.rectangle(box, fill=_FAILED)
         draw.text((left + 10, top + 10), "failed", fill=_INK, font=_font(14))
-        room = max(1, (thumb_px - 40) // 16)
-        for number, text in enumerate(_wrapped(tile.note, _font(12), thumb_px - 20, room)):
+        room = max(1, (_THUMB_PX - 40) // 16)
+        for number, text in enumerate(_wrapped(tile.note, _font(12), _THUMB_PX - 20, room)):
             draw.text((left + 10, top + 34 + number * 16), text, fill=_FAINT, font=_font(12))
     else:
         draw.rectangle(box, fill=_TILE)
-        small = _thumbnail(tile.image, thumb_px)
-        sheet.paste(small, (left + (thumb_px - small.width) // 2, top + (thumb_px - small.height) // 2))
+        small = tile.image
+        sheet.paste(small, (left + (_THUMB_PX - small.width) // 2, top + (_THUMB_PX - small.height) // 2))
 
 
-def _thumbnail(image: Image.Image, thumb_px: int) -> Image.Image:
+def _thumbnail(image: Image.Image) -> Image.Image:
     """Scaled to fit the square, small pictures up as well; what is transparent becomes white."""
     from PIL import Image
 
     if image.mode in ("RGBA", "LA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, _PAGE), image.convert("RGBA"))
-    scale = thumb_px / max(image.size)
+    scale = _THUMB_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
@@ -164,23 +173,37 @@ def _font(size_px: int) -> Any:
     return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
+def _readable(text: str) -> str:
+    """``text`` as far as the font has it, in one line: letters lose the accents that it lacks, the rest goes."""
+    return " ".join("".join(map(_drawable, " ".join(text.split())[:_MAX_CHARACTERS])).split())
+
+
+@lru_cache(maxsize=4096)
+def _drawable(character: str) -> str:
+    if unicodedata.category(character) == "Pd":
+        return "-"
+    font = _font(13)
+    missing = bytes(font.getmask("\uffff"))
+    forms = (character, unicodedata.normalize("NFKD", character))
+    kept = ("".join(part for part in form if bytes(font.getmask(part)) != missing) for form in forms)
+    return next(filter(None, kept), "")
+
+
 def _wrapped(text: str, font: Any, room_px: int, lines: int) -> list[str]:
     """At most ``lines`` lines of at most ``room_px``, broken between words, the last one cut with an ellipsis."""
-    # No tile has room for more characters; measuring a novel takes minutes, and Pillow refuses a megabyte.
-    words = " ".join(text.split())[: lines * room_px].split()
+    words = text.split()
     made: list[str] = []
     while words and len(made) < lines - 1:
-        count = len(words)
-        while count > 1 and font.getlength(" ".join(words[:count])) > room_px:
-            count -= 1
-        made.append(_fitted(" ".join(words[:count]), font, room_px))
-        words = words[count:]
+        fit = 1
+        while fit < len(words) and font.getlength(" ".join(words[: fit + 1])) <= room_px:
+            fit += 1
+        made.append(_fitted(" ".join(words[:fit]), font, room_px))
+        words = words[fit:]
     return [*made, _fitted(" ".join(words), font, room_px)] if words else made
 
 
 def _fitted(text: str, font: Any, room_px: int) -> str:
     if font.getlength(text) <= room_px:
         return text
-    while text and font.getlength(text + "…") > room_px:
-        text = text[:-1].rstrip()
-    return text + "…"
+    longest = bisect_right(range(1, len(text)), room_px, key=lambda length: font.getlength(text[:length] + "…"))
+    return text[:longest].rstrip() + "…"

@@ -36,7 +36,7 @@ from dfdask.store_layout import (
     root_document,
 )
 from dfdask.store_objects import Objects, TakenError, storage_errors
-from dfdask.targets import Location
+from dfdask.targets import Location, storage_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -186,7 +186,10 @@ class RunStore:
         with storage_errors(f"cannot read {self.location}"):
             group: Any = zarr.open_group(self._objects.zarr(), mode="r")
             wanted = self._documents if names is None else names
-            return {name: np.asarray(group[name][start:stop]) for name in wanted}
+            try:
+                return {name: np.asarray(group[name][start:stop]) for name in wanted}
+            except (ValueError, RuntimeError) as error:  # what the codecs raise for bytes that are not theirs
+                raise storage_error(f"{self.location} is damaged in the items {start} to {stop - 1}", error) from None
 
     def read_shard(self, shard: int, record: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """All arrays of a committed shard, compared with the checksums of ``record``. Raises StorageError."""

@@ -67,22 +67,24 @@ def _claim(objects: Objects, claim: Mapping[str, Any]) -> bool:
 def _joined(objects: Objects, claim: Mapping[str, Any]) -> bool:
     """Whether the claim that is there says the same as ours; a dead one that does not is removed."""
     try:
-        data = objects.get(CLAIM_KEY)
-        there = json.loads(data) if data else None
-        if there == claim:
-            return True
+        there = json.loads(objects.get(CLAIM_KEY) or b"null")
+    except ValueError:
+        there = None
+    if there == claim:
+        return True
+    try:
         age_seconds = objects.age_seconds(CLAIM_KEY)
     except FileNotFoundError:
         return False  # its owner is done
-    except ValueError:
-        there, age_seconds = None, CLAIM_SECONDS
     if age_seconds < CLAIM_SECONDS:
         raise StorageError(
             f"another process is creating {objects.location} from other items right now; choose another name, or "
             f"try again in {CLAIM_SECONDS - age_seconds:.0f} s if it has died"
         )
-    for name in there["arrays"] if there else ():
-        objects.delete(objects.listing(name))
+    arrays = there.get("arrays") if isinstance(there, dict) else None
+    for name in arrays if isinstance(arrays, list) else ():
+        if name and isinstance(name, str):
+            objects.delete(objects.listing(name))
     objects.delete([CLAIM_KEY])
     return False
 

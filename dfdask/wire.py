@@ -69,7 +69,9 @@ def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
 def _as_bytes(tensor: Any) -> Any:
     import torch
 
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not reshape: it keeps odd strides of tensors with one or no number, which cannot be viewed as bytes.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _rebuild(dtype: str, shape: tuple[int, ...], data: Any) -> Any:

@@ -19,5 +19,7 @@ ARGUMENTS: dict[str, int | float | bool] = {
     "guidance_scale": 3.0,
     # PixArt's bins start at 256 pixels: with binning its pipeline refuses a model of 128.
     "use_resolution_binning": False,
+    # Else two warnings a call where beautifulsoup4 and ftfy are missing, and a dependence on them where not.
+    "clean_caption": False,
 }
-"""The arguments that the model was measured with; the last one is needed, the others may change."""
+"""The arguments that the model was measured with; only the resolution binning must stay as it is."""

@@ -87,14 +87,17 @@ def inspect_model(ref: ModelRef, samples: Sequence[Item]) -> Inspected:
 
 def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...]:
     """(y, x) or (frame, y, x) that the pipeline will make of ``item``, by its own defaults and rules."""
-    name = type(pipeline).__name__
+    kind = type(pipeline).__name__
     accepted = inspect.signature(pipeline.__call__).parameters
     for argument in item.arguments:
         if argument not in accepted:
             hint = nearest(argument, list(accepted)) or f"; it takes {', '.join(accepted)}"
-            raise SpecError(f"arguments: {name} has no argument {argument!r}{hint}")
+            raise SpecError(f"arguments: {kind} has no argument {argument!r}{hint}")
     if stages == (WHOLE,):
         return _whole_shape(pipeline, item)
+    for name in ("height", "width"):
+        if isinstance(item.arguments.get(name), int):
+            _check_size(pipeline, name, item.arguments[name])
     local: dict[str, Any] = {}
 
     def stop(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +116,7 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
         pass
     except Exception as error:
         raise SpecError(
-            f"arguments: {name} refuses item {item.id!r} with {dict(item.arguments)}: "
+            f"arguments: {kind} refuses item {item.id!r} with {dict(item.arguments)}: "
             f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from None
     finally:
@@ -121,23 +124,22 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
     height = local.get("orig_height", local.get("height"))
     width = local.get("orig_width", local.get("width"))
     if not isinstance(height, int) or not isinstance(width, int):
-        raise SpecError(f"arguments: {name} does not say which size it makes; set height and width")
-    _check_size(pipeline, height, width)
+        raise SpecError(f"arguments: {kind} does not say which size it makes; set height and width")
+    _check_size(pipeline, "height", height)
+    _check_size(pipeline, "width", width)
     frames = local.get("num_frames")
     return (frames, height, width) if isinstance(frames, int) else (height, width)
 
 
-def _check_size(pipeline: Any, height: int, width: int) -> None:
+def _check_size(pipeline: Any, name: str, pixels: int) -> None:
     processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
     unit = int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1))
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % unit:
-            below, above = pixels // unit * unit, (pixels // unit + 1) * unit
-            fits = f"{below} or {above}" if below else str(above)
-            raise SpecError(
-                f"arguments.{name}: {pixels} pixels are not a multiple of {unit}, which this model's VAE needs; "
-                f"use {fits}"
-            )
+    if pixels % unit:
+        below, above = pixels // unit * unit, (pixels // unit + 1) * unit
+        fits = f"{below} or {above}" if below else str(above)
+        raise SpecError(
+            f"arguments.{name}: {pixels} pixels are not a multiple of {unit}, which this model's VAE needs; use {fits}"
+        )
 
 
 def _whole_shape(pipeline: Any, item: Item) -> tuple[int, ...]:

@@ -57,6 +57,15 @@ def model_ref(spec: JobSpec) -> ModelRef:
     return ModelRef(source, digest(folder), spec.dtype, spec.device, spec.strict, spec.revision)
 
 
+def with_defaults(spec: JobSpec) -> JobSpec:
+    """``spec`` with the arguments that the bundled model is made for, where the job has none of its own."""
+    if spec.model != "bundled":
+        return spec
+    from dfdask.bundled import ARGUMENTS
+
+    return spec.replace(arguments={**ARGUMENTS, **spec.arguments})
+
+
 def locate(source: str, revision: str | None) -> Path:
     """The directory of a model; one on the hub is downloaded, safetensors and configuration only.
 

@@ -22,7 +22,7 @@ from dfdask.items import Item
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.cut import pipeline_call, to_pixels
-from dfdask.stages.model import locate
+from dfdask.stages.model import locate, with_defaults
 
 BATCHES = (1, 4, 8, 16, 32)
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    spec = JobSpec.from_yaml(options.job).limited(options.items)
+    spec = with_defaults(JobSpec.from_yaml(options.job).limited(options.items))
     items = read_items(spec).items(0, options.items)
     pipeline = load(spec)
     plain_rate(pipeline, items[:8], 8)  # the first call is never typical
