@@ -42,11 +42,12 @@ _PNG_LEVEL = 4  # half the time of zlib's default for 3% more bytes
 
 @dataclass(frozen=True, slots=True)
 class ExportSummary:
-    """``items`` pictures in ``files`` files; ``skipped`` items have failed or are not there yet."""
+    """``items`` pictures in ``files`` files; of ``skipped`` items, ``failed`` have failed, others are not there yet."""
 
     files: int
     items: int
     skipped: int
+    failed: int
 
 
 def export_run(store: RunStore, format: Format, destination: Path, overwrite: bool = False) -> ExportSummary:
@@ -80,7 +81,7 @@ def export_run(store: RunStore, format: Format, destination: Path, overwrite: bo
         raise StorageError(f"cannot export to {destination}: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return ExportSummary(writer.files, items, store.layout.items - items)
+    return ExportSummary(writer.files, items, store.layout.items - items, failed)
 
 
 def picture(pixels: NDArray[np.uint8], height: int | None = None, width: int | None = None) -> Image.Image:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -144,7 +145,8 @@ class ItemTable:
         if kinds == {int} and all(-(2**63) <= value < 2**63 for value in values):
             return np.array(values, dtype=np.int64)
         if kinds <= {int, float, type(None)} and kinds != {type(None)}:
-            return np.array([np.nan if value is None else float(value) for value in values])
+            with suppress(OverflowError):  # a whole number of hundreds of digits
+                return np.array([np.nan if value is None else float(value) for value in values])
         if kinds == {bool}:
             return np.array(values)
         if kinds <= {str, type(None)}:

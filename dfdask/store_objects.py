@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from dfdask.targets import SECRET_VARIABLES, Location, storage_error
+from dfdask.targets import SECRET_VARIABLES, Location, probe_key, storage_error
 
 
 class TakenError(Exception):
@@ -72,13 +71,14 @@ class Objects:
         """By the clock of the storage, which need not be ours. Raises FileNotFoundError."""
         import obstore
 
-        store, probe = backend(self.location), f"now-{secrets.token_hex(8)}"
-        changed = obstore.head(store, key)["last_modified"]
-        obstore.put(store, probe, b"now")
+        changed = obstore.head(backend(self.location), key)["last_modified"]
+        # Beside the run: within it, it would be taken for a part of it, or for something of someone else.
+        beside, probe = backend(replace(self.location, name="")), probe_key()
+        obstore.put(beside, probe, b"now")
         try:
-            now = obstore.head(store, probe)["last_modified"]
+            now = obstore.head(beside, probe)["last_modified"]
         finally:
-            obstore.delete(store, probe)
+            obstore.delete(beside, probe)
         return (now - changed).total_seconds()
 
     def zarr(self) -> Any:

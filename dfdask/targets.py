@@ -50,12 +50,7 @@ class Location:
 
     def __str__(self) -> str:
         """The path (from the current directory where the run lies below it) or the ``s3://`` URL."""
-        if self.kind == "s3":
-            return f"s3://{self.root}/{self.name}"
-        try:
-            return str(self.path.relative_to(Path.cwd()))
-        except (ValueError, OSError):
-            return str(self.path)
+        return f"s3://{self.root}/{self.name}" if self.kind == "s3" else _short(self.path)
 
     @property
     def path(self) -> Path:
@@ -69,17 +64,30 @@ class Location:
         return self._open(self.name, create=create)
 
     def check_writable(self) -> None:
-        """Create and delete a small object beside the runs. Raises StorageError, within seconds."""
-        import obstore
-        from obstore.exceptions import BaseError
+        """Create and delete a small object beside the runs. Raises StorageError, within seconds.
 
-        probe = f"dfdask-probe-{secrets.token_hex(8)}"
+        Also where creating it a second time works: then two writers of a shard would not notice each other.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, BaseError
+
+        probe, guarded = probe_key(), False
         try:
             store = self._open("", create=True, quick=True)
             obstore.put(store, probe, b"dfdask", mode="create")
-            obstore.delete(store, probe)
+            try:
+                obstore.put(store, probe, b"again", mode="create")
+            except AlreadyExistsError:
+                guarded = True
+            finally:
+                obstore.delete(store, probe)
         except (BaseError, OSError) as error:
             raise storage_error(f"cannot write to {self}", error, self._advice()) from None
+        if not guarded:
+            raise StorageError(
+                f"the storage of {self} replaces objects that are there although told not to (it ignores "
+                "If-None-Match), so that nothing guards a run; use a storage or a release of it that knows it"
+            )
 
     def _open(self, name: str, *, create: bool, quick: bool = False) -> LocalStore | S3Store:
         """The store below ``root``; ``quick`` gives up after seconds, not minutes, without an answer."""
@@ -88,7 +96,11 @@ class Location:
 
         try:
             if self.kind == "local":
-                return LocalStore(Path(self.root) / name, mkdir=create)
+                folder = Path(self.root) / name
+                there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+                if not there.is_dir():
+                    raise StorageError(f"cannot open {self}: {_short(there)} is not a folder; use another path")
+                return LocalStore(folder, mkdir=create)
             bucket, _, prefix = self.root.partition("/")
             options: dict[str, Any] = {"endpoint": self.endpoint, "region": self.region}
             return S3Store(
@@ -115,6 +127,11 @@ class Location:
         if not self.anonymous and not os.environ.get("AWS_ACCESS_KEY_ID"):
             return "AWS_ACCESS_KEY_ID is not set here; set the AWS_* variables of your storage"
         return "check the bucket, the endpoint and the rights of the key"
+
+
+def probe_key() -> str:
+    """The name of an object beside the runs that lives for a moment."""
+    return f"dfdask-probe-{secrets.token_hex(8)}"
 
 
 def storage_error(what: str, error: BaseException, advice: str = "") -> StorageError:
@@ -156,6 +173,14 @@ def resolve_output(output: str) -> Location:
         f"no storage target is called {target!r} (known: {', '.join(known)}); {advice} "
         f"Targets are YAML files in ./{STORAGE_FOLDER} or in the folder that {STORAGE_VARIABLE} names"
     )
+
+
+def _short(path: Path) -> str:
+    """``path`` from the current directory where it lies below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
 
 
 _FORMS = "<target>/<name>, such as local/my-run, or a path, such as ./my-run"

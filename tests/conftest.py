@@ -1,9 +1,9 @@
-"""What several tests need: a place for a run on a disk and in a real S3 server on loopback."""
+"""What several tests need: a place for a run on a disk and in a real S3 server, tiny models, a cluster."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -61,3 +61,33 @@ def location(request: pytest.FixtureRequest) -> Location:
     """A run that is not there yet, on a disk and in S3."""
     found: Location = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model; it is shared, so copy it before you change it."""
+    from tiny_models import save_tiny
+
+    root, made = tmp_path_factory.mktemp("tiny"), {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = save_tiny(family, root / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """Of two worker processes: one denoises, the other does the rest, so that all travels from process to process."""
+    from distributed import Client
+
+    from dfdask.cluster import LocalFleet
+    from dfdask.spec import WorkerGroup
+
+    fleet = LocalFleet([WorkerGroup(stages=["encode", "decode"]), WorkerGroup(stages=["denoise"])])
+    with Client(fleet.address, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
+    fleet.close()

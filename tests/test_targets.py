@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import socket
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import obstore
 import pytest
-from stored import BUCKET, KEYS
+from stored import BUCKET, KEYS, new_run
 
 from dfdask.errors import StorageError
 from dfdask.store import RunStore
@@ -104,7 +107,7 @@ def test_the_storage_files_of_the_project(name: str, monkeypatch: pytest.MonkeyP
         (b"kind: local\npath: \xff\n", ["cannot be read as YAML", "utf-8"]),
         (b"kind: local\npath: a\x00b\n", ["cannot be read as YAML"]),
         ("#" * 100_001, ["100,000 bytes"]),
-        ("[" * 5_000, ["cannot be read as YAML"]),
+        ("[" * 600, ["cannot be read as YAML"]),
         ("kind: s3\n", ["bucket: must be the name of an S3 bucket, got ''"]),
         ("kind: s3\nbucket: Not_A_Bucket\n", ["bucket: must be the name", "'Not_A_Bucket'"]),
         ("kind: s3\nbucket: [a, b]\n", ["bucket: must be text, got a list"]),
@@ -230,12 +233,63 @@ def test_writable(location: Location) -> None:
         assert keys == []
 
 
-def test_not_writable_on_a_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/demo", "file/deep/er/demo", "link/demo"])
+def test_a_file_where_a_folder_should_be(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError, match="cannot open file/runs/demo: .*check the path") as caught:
-        resolve_output("./file/runs/demo").check_writable()
-    assert "Debug source" not in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    location = resolve_output(f"./{place}")
+    for attempt in (location.check_writable, lambda: new_run(location)):
+        if place == "file" and attempt == location.check_writable:
+            continue  # what it tries lies beside the run
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        assert f"cannot open {place}: {place.split('/')[0]} is not a folder; use another path" in str(caught.value)
+        assert "Debug source" not in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+class CarelessS3(BaseHTTPRequestHandler):
+    """A server that stores whatever comes, as S3 services do that do not know If-None-Match."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_PUT(self) -> None:
+        self._body()
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        """A list of objects is deleted."""
+        keys = b"".join(re.findall(rb"<Key>.*?</Key>", self._body()))
+        self._answer(b"<DeleteResult><Deleted>%b</Deleted></DeleteResult>" % keys)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"one"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_storage_that_ignores_create_only_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with ThreadingHTTPServer(("127.0.0.1", 0), CarelessS3) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.05,)).start()
+        try:
+            target(f"{S3}endpoint: http://127.0.0.1:{server.server_port}\nallow_http: true\n", "careless")
+            with pytest.raises(
+                StorageError, match="s3://pictures/demo replaces objects .*If-None-Match.*use a storage"
+            ):
+                resolve_output("careless/demo").check_writable()
+        finally:
+            server.shutdown()
 
 
 def test_not_writable_in_s3(s3: Location, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+
+from dfdask.items import Item
+from dfdask.stages.model import ModelRef
+
+Pixels = list[np.ndarray[Any, np.dtype[np.uint8]]]
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.:;!?'-"
 SIZE = 32
@@ -248,6 +254,19 @@ def _ddpm(scratch: Path) -> Any:
         ),
         scheduler=diffusers.DDPMScheduler(),
     )
+
+
+def monolithic(ref: ModelRef, items: Sequence[Item], **lists: Any) -> Pixels:
+    """The pipeline's own call, as its users write it. ``lists`` holds what differs from item to item."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer diffusers call it dtype, older ones do not know that
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(ref.source, torch_dtype=getattr(torch, ref.dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
+    prompts = [item.prompt for item in items]
+    call = {**items[0].arguments, **lists, "prompt": prompts, "generator": generators, "output_type": "np"}
+    output = np.asarray(pipeline(**call)[0])
+    return [(picture * 255).round().clip(0, 255).astype(np.uint8) for picture in output]
 
 
 _BUILDERS: dict[str, Callable[[Path], Any]] = {
