@@ -71,7 +71,7 @@ def micro_batches(shard: int, items: Sequence[Item], batch: int) -> list[MicroBa
     for item in items:
         key = keys.get(id(item.arguments))
         if key is None:
-            key = keys[id(item.arguments)] = _call_key(item)
+            key = keys[id(item.arguments)] = call_key(item)
         groups.setdefault(key, []).append(item.index)
     calls = [tuple(rows[i : i + batch]) for rows in groups.values() for i in range(0, len(rows), batch)]
     position = {item.index: place for place, item in enumerate(items)}
@@ -79,7 +79,7 @@ def micro_batches(shard: int, items: Sequence[Item], batch: int) -> list[MicroBa
     return [MicroBatch(shard, index, rows) for index, rows in enumerate(calls)]
 
 
-def _call_key(item: Item) -> str:
+def call_key(item: Item) -> str:
     """Equal for items that fit in one call: same fixed values, same names of values that travel as lists."""
     fixed = {name: value for name, value in item.arguments.items() if not is_batchable(name, value)}
     listed = sorted(set(item.arguments) - set(fixed))

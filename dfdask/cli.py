@@ -152,7 +152,8 @@ def export(run: str, destination: Path, form: Literal["png", "webdataset", "parq
     done = export_run(_store(run), form, destination, overwrite=overwrite)
     click.echo(f"wrote {count(done.items, 'item')} in {count(done.files, 'file')} to {destination}")
     if done.skipped:
-        click.echo(f"left out {count(done.skipped, 'item')} that failed or are not there yet")
+        waiting = done.skipped - done.failed
+        click.echo(f"left out {count(done.skipped, 'item')}: {done.failed} failed, {waiting} not there yet")
 
 
 @main.command()

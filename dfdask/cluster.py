@@ -37,7 +37,12 @@ class LocalFleet:
 
         count = workers if isinstance(workers, int) else available_cores()
         groups = [WorkerGroup(count=count)] if workers is None or isinstance(workers, int) else workers
-        options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "silence_logs": "ERROR"}
+        options: dict[str, Any] = {
+            "nthreads": 1,
+            "memory_limit": 0,
+            "silence_logs": "ERROR",
+            "preload": ["dfdask.quiet"],
+        }
         specification: dict[int, dict[str, Any]] = {}
         for group in groups:
             for _ in range(group.count):
@@ -82,10 +87,9 @@ def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
         )
         try:
             await scheduler
-        except OSError as error:
-            raise ClusterError(
-                f"scheduler: cannot listen on {host}:{port} ({error.strerror or error}); choose another --port"
-            ) from None
+        except (OSError, RuntimeError) as error:  # Dask wraps the first in the second
+            why = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
+            raise ClusterError(f"scheduler: cannot listen on {host}:{port} ({why}); choose another --port") from None
         print(f"scheduler at {scheduler.address}", flush=True)
         dashboard = scheduler.services.get("dashboard")
         if dashboard is not None:
@@ -134,7 +138,8 @@ async def check_scheduler(address: str) -> None:
     from distributed.comm.core import connect
 
     try:
-        comm = await connect(address, timeout=CONNECT_SECONDS)
+        # Dask's own limit does not hold for one who accepts the connection and then says nothing.
+        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_SECONDS), CONNECT_SECONDS + 1)
         await comm.close()
     except (OSError, ValueError, TypeError, TimeoutError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.batching import micro_batches, shard_range
-from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
+from dfdask.errors import ClusterError, DfdaskError, JobStopped
 from dfdask.events import ShardCommitted
 from dfdask.gate import NAME, WRITE, Gate, stage_resource, task_key
 from dfdask.prompts import ItemTable
@@ -126,7 +126,7 @@ class Driver:
             del self._flying[future]
             future.release()
             if "error" in receipt:
-                raise StorageError(receipt["error"])
+                raise receipt["error"]
             self._on_commit(ShardCommitted(**receipt))
         elif future.status == "error":
             raise _explained(future.exception())
@@ -223,16 +223,18 @@ def inspect_on_worker(client: Client, ref: ModelRef, samples: list[Item]) -> Ins
         try:
             client.wait_for_workers(1, timeout=left)
             address = next(iter(client.scheduler_info(n_workers=1)["workers"]))
-            found: Inspected = client.run(inspect_here, ref, samples, workers=[address])[address]
-            return found
-        except DfdaskError:
-            raise
+            found: Inspected | DfdaskError = client.run(inspect_here, ref, samples, workers=[address])[address]
+            break
         except (TimeoutError, StopIteration):
             continue
         except OSError:  # that worker went away
             time.sleep(POLL_SECONDS)
-    address = client.scheduler.address if client.scheduler else "SCHEDULER"
-    raise ClusterError(f"no workers in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker {address}")
+    else:
+        address = client.scheduler.address if client.scheduler else "SCHEDULER"
+        raise ClusterError(f"no workers in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker {address}")
+    if isinstance(found, DfdaskError):
+        raise found
+    return found
 
 
 def token_for(fingerprint: str, output: str) -> str:

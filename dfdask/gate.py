@@ -58,6 +58,7 @@ class Gate(SchedulerPlugin):
         self._ready: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._placed: dict[Any, tuple[str, str]] = {}
         self._done: dict[str, Counter[str]] = defaultdict(Counter)
+        self._counted: set[Any] = set()  # tasks of _done that Dask still knows: it may compute them again
         self._pump_is_due = False
 
     async def start(self, scheduler: Scheduler) -> None:
@@ -85,8 +86,15 @@ class Gate(SchedulerPlugin):
             level = min(len(self._assigned.pop(worker)), self.depth)
             self._free[roles][level].pop(worker, None)
 
+    def log_event(self, topic: str, msg: Any) -> None:
+        # The only word of a worker that has begun or gone on to run: it is not among the running when it is added.
+        if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
+            self._wake()
+
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         started = time.thread_time()
+        if finish == "forgotten":
+            self._counted.discard(key)
         if finish == "no-worker":
             task = self._scheduler.tasks[key]
             stage = _stage_of(task)
@@ -101,7 +109,8 @@ class Gate(SchedulerPlugin):
                 # Dask may compute it again later: then it must come through the gate, not to a dead address.
                 known.worker_restrictions = None
                 known.resource_restrictions = stage_resource(stage)
-            if finish == "memory":
+            if finish == "memory" and key not in self._counted:
+                self._counted.add(key)
                 run = key[0].removeprefix(f"{stage}-")
                 self._done[run][stage] += key[3]
             self._wake()
@@ -111,9 +120,11 @@ class Gate(SchedulerPlugin):
         """Items of ``run`` by stage: queued at the gate, running (assigned), done; and workers by role."""
         queued: Counter[str] = Counter()
         running: Counter[str] = Counter()
+        tasks = self._scheduler.tasks
         for stage, heap in self._ready.items():
-            name = f"{stage}-{run}"
-            queued[stage] = sum(key[3] for _, key in heap if key[0] == name)
+            keys = {key for _, key in heap if key[0] == f"{stage}-{run}"}
+            # A heap keeps what was cancelled until its turn comes.
+            queued[stage] = sum(key[3] for key in keys if key in tasks and tasks[key].state == "no-worker")
         for key, (_, stage) in self._placed.items():
             if key[0] == f"{stage}-{run}":
                 running[stage] += key[3]

@@ -13,9 +13,9 @@ from distributed import get_worker, secede
 from distributed.diagnostics.plugin import WorkerPlugin
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
-from dfdask.errors import StorageError
+from dfdask.errors import ClusterError, DfdaskError, StorageError
 from dfdask.items import Item
-from dfdask.stages.batch import Batch, run_batch
+from dfdask.stages.batch import Batch, describe, is_out_of_memory, run_batch
 from dfdask.stages.model import ModelRef
 from dfdask.stages.residency import held_stage
 from dfdask.store import RunStore
@@ -45,25 +45,37 @@ def _import_heavy() -> None:
         cut.import_libraries()
 
 
-async def inspect_here(ref: ModelRef, samples: list[Item]) -> Inspected:
-    """``inspect_model`` on this worker, beside what it computes. Raises SpecError and ModelError."""
+async def inspect_here(ref: ModelRef, samples: list[Item]) -> Inspected | DfdaskError:
+    """``inspect_model`` on this worker, beside what it computes. Returns the SpecError or ModelError."""
 
-    def inspect() -> Inspected:
+    def inspect() -> Inspected | DfdaskError:
         with _importing:
             from dfdask.stages.check import inspect_model
 
-            return inspect_model(ref, samples)
+            try:
+                return inspect_model(ref, samples)
+            except DfdaskError as error:
+                return error
 
     return await asyncio.to_thread(inspect)
 
 
 def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
-    """Run ``stage`` over a micro-batch; items enter at the first stage."""
+    """Run ``stage`` over a micro-batch; items enter at the first stage. See ``Batch.problem`` for what goes wrong."""
     batch = work if isinstance(work, Batch) else Batch.start(work)
-    with _importing:
-        held = held_stage(ref, stage)
-    started = time.time()
-    result = run_batch(stage, held, batch)
+    if batch.problem is not None:
+        return batch
+    try:
+        with _importing:
+            held = held_stage(ref, stage)
+        started = time.time()
+        result = run_batch(stage, held, batch)
+    except DfdaskError as error:
+        return Batch((), problem=error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return Batch((), problem=_too_little_memory(stage, batch, error))
     items = sum(len(group.items) for group in batch.groups)
     _tell({"stage": stage, "items": items, "start": started, "seconds": result.seconds[stage]})
     return result
@@ -73,15 +85,17 @@ def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Se
     """Write the pixels of one shard and commit it, beside the computation of the next.
 
     Returns a receipt: ``shard``, ``items``, ``failed_items``, ``stale`` (another writer was first),
-    ``stage_seconds``. An output problem comes back as ``error`` for the client to report. Raises nothing for it,
-    because Dask would only log a traceback and lose the message.
+    ``stage_seconds``; or ``shard`` and ``error``, a DfdaskError for the client to raise.
     """
+    for batch in batches:
+        if batch.problem is not None:
+            return {"shard": shard, "error": batch.problem}
     secede()  # frees the compute thread
     try:
         store = RunStore.open(location)
         return _write(store, shard, run, batches)
     except StorageError as error:
-        return {"shard": shard, "error": str(error)}
+        return {"shard": shard, "error": error}
 
 
 def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
@@ -124,6 +138,14 @@ def _place(room: np.ndarray[Any, np.dtype[np.uint8]], picture: Any) -> str:
         return f"decode: the picture has shape {picture.shape}, the run has room for {room.shape}"
     room[tuple(slice(0, size) for size in picture.shape)] = picture
     return ""
+
+
+def _too_little_memory(stage: str, batch: Batch, error: Exception) -> ClusterError:
+    most = max(len(group.items) for group in batch.groups)
+    return ClusterError(
+        f"{stage}: worker {get_worker().name} has too little memory for {most} items at once ({describe(error)}); "
+        "set a smaller `batch` and start a new run, or give this stage to larger workers"
+    )
 
 
 def _tell(metadata: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
         *("targets", "target_files", "prompts", "prompt_files"),
     },
     "models": {"stages", "bundled"},
-    "dask": {"run", "job_cluster", "driver", "gate", "worker", "cluster", "wire"},
+    "dask": {"run", "job_cluster", "driver", "gate", "worker", "cluster", "wire", "quiet"},
     "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
     "top": {"__init__", "__main__"},
 }

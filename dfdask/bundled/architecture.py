@@ -138,10 +138,10 @@ def save_pipeline(pipeline: Pipeline, path: Path) -> None:
         parts = weights(pipeline)
         dtypes = {name: next(part.parameters()).dtype for name, part in parts.items()}
         for part in parts.values():
-            part.half()
+            torch.nn.Module.half(part)  # diffusers' own warns of nothing
         pipeline.save_pretrained(path)
         for name, part in parts.items():
-            part.to(dtypes[name])
+            torch.nn.Module.to(part, dtypes[name])
     _write(path / "tokenizer" / "tokenizer_config.json", _tokenizer_config())
     index = json.loads((path / "model_index.json").read_text())
     _write(path / "model_index.json", {**index, "tokenizer": ["transformers", _TOKENIZER]})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -26,8 +26,19 @@ _FIXED_WORDS = (
 )
 _FIXED = {*_FIXED_WORDS.split(), *HUES}
 """Names with one of these words keep their paint: it is what they mean, or there would be odd people."""
+_SIGN_WORDS = (
+    "button keycap square circle sign symbol arrow mark prohibited no flag hexagram o’clock clock diamond triangle "
+    "input suit dot divide multiply minus plus"
+)
+_SIGNS = set(_SIGN_WORDS.split())
+"""Names with one of these words are left out of the pictures of two things."""
+_ARTICLES = ("", "a ", "the ")
+_HALF, _MAIN, _EXTRA = 0.5, 0.8, 0.44
+"""Shares of the side that a glyph takes: beside another, with another at its corner, at the corner."""
+_PAIR_TEXTS = 4
 _PREFIXES = ("a ", "a ", "the ", "an ", "a photo of a ", "a picture of a ", "an image of a ", "an emoji of a ")
 _PREFIXES_OF_ONE = ("a drawing of ", "a small ", "one ", "emoji of ", "icon of ")
+_JOINTS = (" ", " ", " ", " and ", " with ", " of ")
 VARIATIONS = 48
 """Captions made of each glyph besides its name."""
 
@@ -55,12 +66,14 @@ def hue_and_share(pixels: Pixels) -> tuple[str, float]:
 
 
 def repaint(pixels: Pixels, old: str, new: str) -> Pixels:
-    """The glyph with its main colour turned into another; other colours, white and shadows stay."""
+    """The glyph with its main colour turned into the middle of another; other colours and shadows stay."""
     hsv = np.array(Image.fromarray(pixels).convert("HSV"))
     hue = hsv[..., 0] * (360 / 255)
-    apart = np.abs((hue - HUES[old] + 180) % 360 - 180)
-    turned = ((hue + HUES[new] - HUES[old]) % 360 * (255 / 360)).round().astype(np.uint8)
-    hsv[..., 0] = np.where(apart < 45, turned, hsv[..., 0])
+    apart = (hue - HUES[old] + 180) % 360 - 180
+    near = np.abs(apart) < 45
+    main = np.median(apart[near & (hsv[..., 1] > 90)]) if (near & (hsv[..., 1] > 90)).any() else 0.0
+    turned = ((HUES[new] + 0.7 * (apart - main)) % 360 * (255 / 360)).round().astype(np.uint8)
+    hsv[..., 0] = np.where(near, turned, hsv[..., 0])
     return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
@@ -81,6 +94,48 @@ def repainted(glyphs: list[Glyph], pixels: Pixels) -> tuple[Captions, Pixels]:
     return Captions(texts, pictures), np.stack(copies) if copies else pixels[:0]
 
 
+def unambiguous(glyphs: list[Glyph]) -> list[Glyph]:
+    """Without the keywords that are another glyph's name: "lion" is the animal, and not the sign leo."""
+    names = {glyph.name for glyph in glyphs}
+    return [replace(glyph, keywords=tuple(word for word in glyph.keywords if word not in names)) for glyph in glyphs]
+
+
+def paired(glyphs: list[Glyph], pixels: Pixels, count: int, rng: random.Random) -> tuple[Captions, Pixels]:
+    """Two glyphs in one picture, side by side or one at the other's corner, for "a cat with sunglasses"."""
+    things = [index for index, glyph in enumerate(glyphs) if not _words(glyph.name) & _SIGNS]
+    frequency = Counter(word for glyph in glyphs for word in glyph.keywords)
+    size = pixels.shape[1]
+    texts: list[str] = []
+    pictures = np.full((count, *pixels.shape[1:]), 255, np.uint8)
+    scaled = {share: _scaled(pixels, round(size * share)) for share in (_HALF, _MAIN, _EXTRA)}
+    for picture in pictures:
+        one, two = rng.choice(things), rng.choice(things)
+        beside = rng.random() < 0.5
+        for index, share, place in (
+            ((one, _HALF, (0.0, 0.25)), (two, _HALF, (0.5, 0.25)))
+            if beside
+            else ((one, _MAIN, (0.0, 0.0)), (two, _EXTRA, (1 - _EXTRA, 1 - _EXTRA)))
+        ):
+            part, left, top = scaled[share][index], round(place[0] * size), round(place[1] * size)
+            under = picture[top : top + len(part), left : left + len(part)]
+            np.copyto(under, part, where=part.min(-1, keepdims=True) < 250)
+        for _ in range(_PAIR_TEXTS):
+            first, second = (_called(glyphs[index], frequency, rng) for index in (one, two))
+            joint = " and " if beside else " with "
+            texts.append(f"{rng.choice(_ARTICLES)}{first}{joint}{rng.choice(_ARTICLES)}{second}")
+    return Captions(texts, [index for index in range(count) for _ in range(_PAIR_TEXTS)]), pictures
+
+
+def _scaled(pixels: Pixels, side: int) -> Pixels:
+    return np.stack([np.asarray(Image.fromarray(picture).resize((side, side))) for picture in pixels])
+
+
+def _called(glyph: Glyph, frequency: Counter[str], rng: random.Random) -> str:
+    if glyph.keywords and rng.random() < 0.25:
+        return rng.choices(glyph.keywords, [1 / frequency[word] for word in glyph.keywords])[0]
+    return re.sub(r"\b(face|person)\b", "", glyph.name).strip() or glyph.name
+
+
 def variations(glyphs: list[Glyph], pixels: Pixels, rng: random.Random) -> Captions:
     """Other texts for the glyphs as they are, the same number for each."""
     frequency = Counter(word for glyph in glyphs for word in glyph.keywords)
@@ -97,14 +152,14 @@ def _vary(glyph: Glyph, colour: str, frequency: Counter[str], rng: random.Random
     keyword, other = rng.choices(keywords, [1 / frequency.get(word, 1) for word in keywords], k=2)
     name = glyph.name
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.15:
         text = name
-    elif kind < 0.4:
+    elif kind < 0.3:
         text = re.sub(r"\b(face|button|person|symbol|sign)\b", "", name).strip() or name
-    elif kind < 0.6:
+    elif kind < 0.5:
         text = keyword
-    elif kind < 0.7:
-        text = f"{keyword} {other}" if other != keyword else keyword
+    elif kind < 0.68:
+        text = f"{keyword}{rng.choice(_JOINTS)}{other}" if other != keyword else keyword
     elif kind < 0.8:
         text = rng.choice((f"{name}, {keyword}", f"{keyword} {name}", f"{name} {keyword}"))
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dfdask.bundled.architecture import Pipeline, build_pipeline, load_pipeline, save_pipeline, train_tokenizer, weights
 from dfdask.bundled.autoencoder import encode, even_out, reconstruction_psnr, train_autoencoder
-from dfdask.bundled.captions import Captions, repainted, variations
+from dfdask.bundled.captions import Captions, paired, repainted, unambiguous, variations
 from dfdask.bundled.optimizer import Muon
 from dfdask.bundled.progress import Budget, Log
 from dfdask.bundled.render import Glyph, GlyphFileError, Pixels, load_glyphs
@@ -27,9 +27,10 @@ from dfdask.bundled.render import Glyph, GlyphFileError, Pixels, load_glyphs
 TOKENS = 32
 """Tokens of a caption while training: the longest name has eleven."""
 BATCH = 1024
-_RATE = 2e-3
+_RATE = 6e-3
 _AVERAGE = 0.999
 _SHAKEN = 3
+PAIRS_PER_GLYPH = 9
 _CHECKPOINT_STEPS = 3000
 
 
@@ -54,22 +55,25 @@ def tokenize(pipeline: Pipeline, captions: Captions, offset: int, share: float, 
 def make_lessons(
     pipeline: Pipeline, glyphs: list[Glyph], pixels: Pixels, seed: int, device: str
 ) -> tuple[list[Lesson], Tensor]:
-    """What to learn, and the latents (m, 8, h, w): of the glyphs, of repainted ones, then of shaken ones."""
+    """What to learn, and the latents (m, 8, h, w): of glyphs, of repainted, paired, then of shaken ones."""
+    glyphs = unambiguous(glyphs)
     others, copies = repainted(glyphs, pixels)
     varied = variations(glyphs, pixels, random.Random(seed))
+    twos, pairs = paired(glyphs, pixels, PAIRS_PER_GLYPH * len(glyphs), random.Random(seed))
     names = Captions([glyph.name for glyph in glyphs], list(range(len(glyphs))))
     vae, generator = pipeline.vae, torch.Generator(device).manual_seed(seed)
     originals = on_device(pixels, device)
-    latents = [encode(vae, originals), encode(vae, on_device(copies, device))]
+    latents = [encode(vae, on_device(part, device)) for part in (pixels, copies, pairs)]
     latents += [encode(vae, originals, generator) for _ in range(_SHAKEN)]
     lessons = [
-        tokenize(pipeline, names, 0, 0.55, device),
-        tokenize(pipeline, varied, 0, 0.31, device),
-        tokenize(pipeline, others, len(glyphs), 0.1, device),
+        tokenize(pipeline, names, 0, 0.3, device),
+        tokenize(pipeline, varied, 0, 0.34, device),
+        tokenize(pipeline, others, len(glyphs), 0.16, device),
+        tokenize(pipeline, twos, len(glyphs) + len(copies), 0.15, device),
     ]
-    first = len(glyphs) + len(copies)
+    first = len(glyphs) + len(copies) + len(pairs)
     for copy in range(_SHAKEN):
-        lessons.append(tokenize(pipeline, varied, first + copy * len(glyphs), 0.04 / _SHAKEN, device))
+        lessons.append(tokenize(pipeline, varied, first + copy * len(glyphs), 0.05 / _SHAKEN, device))
     return [lesson for lesson in lessons if len(lesson.pictures)], torch.cat(latents) * vae.config.scaling_factor
 
 
@@ -144,7 +148,8 @@ def train_transformer(
             flow = velocity(pipeline, noisy, times, ids)
         return (flow.float() - target).square().mean()
 
-    compiled = torch.compile(loss_of, dynamic=False) if on_gpu else loss_of
+    # As one graph of kernels: starting them one by one takes as long again as running them.
+    compiled = torch.compile(loss_of, dynamic=False, mode="reduce-overhead") if on_gpu else loss_of
     step = 0
     while (progress := budget.progress(step)) < 1:
         now = rate * min(1, (step + 1) / 300) * (1 - progress) + 1e-6

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -19,9 +20,17 @@ class Stage(Protocol):
     def run(self, items: Sequence[Item], state: Any) -> Any:
         """Take what the stage before handed over for these items (None: this is the first) one step on.
 
-        The last stage returns a sequence of uint8 arrays, one per item, or an exception in the place of an
-        item that came out wrong.
+        What has a part for each item is handed over as ``Rows``: nothing else is divided with the items. The last
+        stage returns a sequence of uint8 arrays, one per item, or an exception in the place of an item that came out
+        wrong.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What has a part for each item, in their order: a tensor or array by its first dimension, or a list."""
+
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +43,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch between two stages. ``failures`` maps the row of a failed item to its error."""
+    """A micro-batch between two stages. ``failures`` maps the row of a failed item to its error.
+
+    ``problem`` is what kept a worker from its stage, through no fault of an item. It travels to the client as a
+    value: of what a task raises, Dask would log the traceback on every worker.
+    """
 
     groups: tuple[Group, ...]
     failures: dict[int, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    problem: DfdaskError | None = None
 
     @classmethod
     def start(cls, items: Sequence[Item]) -> Batch:
@@ -58,10 +72,10 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
         group = todo.pop()
         try:
             groups.append(replace(group, state=stage.run(group.items, group.state)))
-        except (DfdaskError, MemoryError):
+        except DfdaskError:
             raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":
+            if is_out_of_memory(error):
                 raise
             halves = _halves(group)
             if halves:
@@ -70,6 +84,11 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
                 failures.update((item.index, f"{name}: {describe(error)}") for item in group.items)
     seconds = {**batch.seconds, name: time.perf_counter() - started}
     return Batch(tuple(groups), failures, seconds)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of this machine or of its GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def describe(error: BaseException) -> str:
@@ -86,29 +105,35 @@ def nbytes(value: Any) -> int:
 def _halves(group: Group) -> list[Group] | None:
     """The group in two, or None where it is a single item or its state cannot be divided by items."""
     count = len(group.items)
-    if count == 1:
-        return None
-    if group.state is not None and not any(_per_item(part, count) for part in _leaves(group.state)):
+    if count == 1 or (group.state is not None and not _has_rows(group.state)):
         return None
     middle = count // 2
-    return [
-        Group(group.items[part], _select(group.state, part, count)) for part in (slice(0, middle), slice(middle, count))
-    ]
+    return [Group(group.items[part], _select(group.state, part)) for part in (slice(middle), slice(middle, count))]
 
 
-def _per_item(value: Any, count: int) -> bool:
-    shape: tuple[int, ...] = tuple(getattr(value, "shape", ()))
-    return bool(shape) and shape[0] == count
-
-
-def _select(value: Any, part: slice, count: int) -> Any:
-    if _per_item(value, count):
-        return value[part]
+def map_entries(function: Callable[[Any], Any], value: Any) -> Any:
+    """A mapping, list or tuple of the same kind with ``function`` of each entry; Rows with that of its value."""
+    if isinstance(value, Rows):
+        return Rows(function(value.value))
     if isinstance(value, dict):
-        return {key: _select(entry, part, count) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_select(entry, part, count) for entry in value)
-    return value
+        changed = copy.copy(value)  # of the same kind: what a pipeline reads by attribute stays readable
+        for key, entry in value.items():
+            changed[key] = function(entry)
+        return changed
+    entries = [function(entry) for entry in value]
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+
+def _has_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_rows, value.values()))
+    return isinstance(value, Rows) or (isinstance(value, (list, tuple)) and any(map(_has_rows, value)))
+
+
+def _select(value: Any, part: slice) -> Any:
+    if isinstance(value, Rows):
+        return Rows(value.value[part])
+    return map_entries(lambda entry: _select(entry, part), value) if isinstance(value, (dict, list, tuple)) else value
 
 
 def _leaves(value: Any) -> Iterator[Any]:

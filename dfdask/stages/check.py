@@ -97,7 +97,7 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
         return _whole_shape(pipeline, item)
     for name in ("height", "width"):
         if isinstance(item.arguments.get(name), int):
-            _check_size(pipeline, name, item.arguments[name])
+            _check_size(pipeline, item, name, item.arguments[name])
     local: dict[str, Any] = {}
 
     def stop(*args: Any, **kwargs: Any) -> Any:
@@ -125,20 +125,21 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
     width = local.get("orig_width", local.get("width"))
     if not isinstance(height, int) or not isinstance(width, int):
         raise SpecError(f"arguments: {kind} does not say which size it makes; set height and width")
-    _check_size(pipeline, "height", height)
-    _check_size(pipeline, "width", width)
+    _check_size(pipeline, item, "height", height)
+    _check_size(pipeline, item, "width", width)
     frames = local.get("num_frames")
     return (frames, height, width) if isinstance(frames, int) else (height, width)
 
 
-def _check_size(pipeline: Any, name: str, pixels: int) -> None:
+def _check_size(pipeline: Any, item: Item, name: str, pixels: int) -> None:
     processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
     unit = int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1))
     if pixels % unit:
         below, above = pixels // unit * unit, (pixels // unit + 1) * unit
         fits = f"{below} or {above}" if below else str(above)
         raise SpecError(
-            f"arguments.{name}: {pixels} pixels are not a multiple of {unit}, which this model's VAE needs; use {fits}"
+            f"arguments.{name}: {pixels} pixels are not a multiple of {unit}, which this model's VAE needs; use {fits} "
+            f"(item {item.id!r})"
         )
 
 

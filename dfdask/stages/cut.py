@@ -4,7 +4,8 @@ Every stage calls the pipeline's own ``__call__`` with the user's arguments. Com
 own are phantoms: their real configuration on the meta device, no weights. The cuts are two calls that text-to-X
 pipelines make in this order: ``encode_prompt`` and ``vae.decode``.
 
-- encode records what ``encode_prompt`` returns and stops where latents or timesteps are prepared;
+- encode records what ``encode_prompt`` returns and stops where latents or timesteps are prepared; what has a part
+  for each item is what changes its length when a single item is encoded;
 - denoise replays that and stops at ``vae.decode``, whose arguments it hands over;
 - decode replays empty stand-ins, takes no denoising steps, and runs the VAE and all that the pipeline does after.
 """
@@ -23,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from dfdask.batching import is_batchable
+from dfdask.batching import call_key, is_batchable
 from dfdask.errors import ModelError
 from dfdask.items import Item
+from dfdask.stages.batch import Rows, map_entries
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
 
 _ABSENT = object()
@@ -57,6 +59,7 @@ def import_libraries() -> None:
     import diffusers
     import transformers
 
+    _hush()
     for library, name in ((diffusers, "DiffusionPipeline"), (transformers, "PreTrainedModel")):
         getattr(library, name)
 
@@ -74,6 +77,7 @@ def pipeline_class(name: str) -> Any:
     """Raises ModelError for a class that this diffusers does not have."""
     import diffusers
 
+    _hush()
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(
@@ -87,7 +91,6 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
     """The pipeline with the weights of ``stage`` only; with None at all, for checks. Raises ModelError."""
     import torch
 
-    _hush()
     folder = locate(ref.source, ref.revision)
     if stage is not None and digest(folder) != ref.digest:
         raise ModelError(
@@ -138,7 +141,8 @@ class PipelineStage:
         self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
         self._pipeline = open_pipeline(ref, stage, self._device)
-        self._run: Callable[[dict[str, Any], Any], Any] = {
+        self._single: dict[str, Any] = {}  # by kind of call: the shapes of what one item is encoded to
+        self._run: Callable[[Sequence[Item], Any], Any] = {
             "encode": self._encode,
             "denoise": self._denoise,
             "decode": self._decode,
@@ -149,9 +153,19 @@ class PipelineStage:
         import torch
 
         with self._lock, torch.no_grad():
-            return self._run(pipeline_call(self._pipeline, items), state)
+            return self._run(items, state)
 
-    def _encode(self, call: dict[str, Any], state: Any) -> Any:
+    def _encode(self, items: Sequence[Item], state: Any) -> Any:
+        found = self._encoded(items)
+        if len(items) == 1:
+            return found
+        key = call_key(items[0])
+        if key not in self._single:
+            self._single[key] = _shapes(self._encoded(items[:1]))
+        return _marked(found, self._single[key], len(items))
+
+    def _encoded(self, items: Sequence[Item]) -> tuple[Any, ...]:
+        """What each call of ``encode_prompt`` returned."""
         pipeline, recorded = self._pipeline, []
         encode = pipeline.encode_prompt
 
@@ -167,24 +181,24 @@ class PipelineStage:
             _patched(pipeline, encode_prompt=record, prepare_latents=stop),
             _patched(pipeline.scheduler, set_timesteps=timesteps),
         ):
-            _stops(pipeline, call)
-        return _to(recorded, "cpu")
+            _stops(pipeline, pipeline_call(pipeline, items))
+        return tuple(_to(recorded, "cpu"))
 
-    def _denoise(self, call: dict[str, Any], state: Any) -> Any:
-        replay = iter(_to(state, self._device))
+    def _denoise(self, items: Sequence[Item], state: Any) -> Any:
+        replay = iter(_plain(_to(state, self._device)))
         with _patched(self._pipeline, encode_prompt=lambda *a, **k: next(replay)):
-            payload = _stops(self._pipeline, call)
+            payload = _stops(self._pipeline, pipeline_call(self._pipeline, items))
         if payload is None:
             raise ModelError(
                 f"model: {type(self._pipeline).__name__} ended without decoding its latents with its VAE; "
                 "it cannot be run in stages"
             )
-        return {"decode": _to(payload, "cpu"), "embeds": _shapes(state)}
+        return {"decode": _marked_by_length(_to(payload, "cpu"), len(items)), "embeds": _shapes(state)}
 
-    def _decode(self, call: dict[str, Any], state: Any) -> Any:
+    def _decode(self, items: Sequence[Item], state: Any) -> Any:
         pipeline = self._pipeline
-        replay = iter(_stand_ins(state["embeds"], self._device))
-        args, kwargs = _to(state["decode"], self._device)
+        replay = iter(_plain(_stand_ins(state["embeds"], self._device)))
+        args, kwargs = _plain(_to(state["decode"], self._device))
         decode, set_timesteps = pipeline.vae.decode, pipeline.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)
@@ -197,10 +211,10 @@ class PipelineStage:
             _patched(pipeline.vae, decode=lambda *a, **k: decode(*args, **kwargs)),
             _patched(pipeline.scheduler, set_timesteps=no_steps),
         ):
-            return to_pixels(pipeline(**call)[0])
+            return to_pixels(pipeline(**pipeline_call(pipeline, items))[0])
 
-    def _whole(self, call: dict[str, Any], state: Any) -> Any:
-        return to_pixels(self._pipeline(**call)[0])
+    def _whole(self, items: Sequence[Item], state: Any) -> Any:
+        return to_pixels(self._pipeline(**pipeline_call(self._pipeline, items))[0])
 
 
 def pipeline_call(pipeline: Any, items: Sequence[Item]) -> dict[str, Any]:
@@ -290,25 +304,58 @@ def _patched(target: Any, **replacements: Any) -> Iterator[None]:
                 object.__setattr__(target, name, value)
 
 
-def _map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(function, entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(function, entry) for entry in value)
-    return value
+def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (Rows, dict, list, tuple)):
+        return map_entries(lambda entry: _map_leaves(function, entry), value)
+    return function(value)
 
 
 def _to(value: Any, device: str) -> Any:
-    return _map_tensors(lambda tensor: tensor.detach().to(device), value)
+    import torch
+
+    return _map_leaves(lambda leaf: leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def _shapes(value: Any) -> Any:
     """The shapes and dtypes of tensors: all that decoding needs to know of the embeddings."""
-    return _map_tensors(lambda tensor: _Shape(tuple(tensor.shape), str(tensor.dtype)[len("torch.") :]), value)
+    import torch
+
+    def shape(leaf: Any) -> Any:
+        return _Shape(tuple(leaf.shape), str(leaf.dtype)[6:]) if isinstance(leaf, torch.Tensor) else leaf
+
+    return _map_leaves(shape, value)
+
+
+def _marked(many: Any, one: Any, count: int) -> Any:
+    """``many``, made for ``count`` items, with what has a part for each as Rows; ``one`` was made for a single one."""
+    if isinstance(many, dict) and isinstance(one, dict) and many.keys() == one.keys():
+        pairs = iter([(entry, one[key]) for key, entry in many.items()])
+        return map_entries(lambda _: _marked(*next(pairs), count), many)
+    if isinstance(many, (list, tuple)) and isinstance(one, type(many)):
+        if isinstance(many, list) and (len(many), len(one)) == (count, 1):
+            return Rows(many)
+        if len(many) == len(one):
+            pairs = iter(zip(many, one, strict=True))
+            return map_entries(lambda _: _marked(*next(pairs), count), many)
+    if getattr(many, "shape", ())[:1] == (count,) and getattr(one, "shape", ())[:1] == (1,):
+        return Rows(many)
+    return many
+
+
+def _marked_by_length(value: Any, count: int) -> Any:
+    """What goes into the VAE: latents and timesteps by their first dimension, generators as a list."""
+    if getattr(value, "shape", ())[:1] == (count,) or (isinstance(value, list) and len(value) == count):
+        return Rows(value)
+    if isinstance(value, (dict, tuple)):
+        return map_entries(lambda entry: _marked_by_length(entry, count), value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as the pipeline knows it, without Rows."""
+    if isinstance(value, Rows):
+        return value.value
+    return map_entries(_plain, value) if isinstance(value, (dict, list, tuple)) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,10 +373,9 @@ def _stand_ins(value: Any, device: str) -> Any:
     """Tensors that weigh nothing: a scalar seen as the whole by zero strides."""
     import torch
 
-    if isinstance(value, _Shape):
-        return torch.zeros((), dtype=getattr(torch, value.dtype), device=device).expand(value.shape)
-    if isinstance(value, dict):
-        return {key: _stand_ins(entry, device) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_stand_ins(entry, device) for entry in value)
-    return value
+    def stand_in(leaf: Any) -> Any:
+        if not isinstance(leaf, _Shape):
+            return leaf
+        return torch.zeros((), dtype=getattr(torch, leaf.dtype), device=device).expand(leaf.shape)
+
+    return _map_leaves(stand_in, value)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dfdask.items import Item
 from dfdask.spec import FakeStages
+from dfdask.stages.batch import Rows
 
 
 class FakeStage:
@@ -30,7 +31,7 @@ class FakeStage:
                 raise RuntimeError(f"fake failure of {', '.join(bad)}")
         if self._last:
             return [fake_pixels(item.seed, self._settings.height, self._settings.width) for item in items]
-        return np.zeros((len(items), self._settings.handoff_bytes), np.uint8)
+        return Rows(np.zeros((len(items), self._settings.handoff_bytes), np.uint8))
 
 
 def fake_pixels(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

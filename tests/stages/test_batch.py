@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_outputs import BaseModelOutput
 
 from dfdask.errors import ModelError
 from dfdask.items import Item
-from dfdask.stages.batch import MAX_ERROR_CHARACTERS, Batch, describe, nbytes, run_batch
+from dfdask.stages.batch import MAX_ERROR_CHARACTERS, Batch, Rows, describe, map_entries, nbytes, run_batch
 
 
 def make_items(count: int, first: int = 0) -> list[Item]:
@@ -33,12 +34,12 @@ class Doubling:
         rows = tuple(item.index for item in items)
         self.calls.append(rows)
         if state is None:
-            state = {"value": np.array(rows), "shared": [torch.arange(99), "text", 5, None]}
-        assert state["value"].tolist() == [row * 2 ** (len(state["shared"]) - 4) for row in rows]
+            state = {"value": Rows(np.array(rows)), "shared": [torch.arange(len(rows)), "text", 5, None]}
+        assert state["value"].value.tolist() == [row * 2 ** (len(state["shared"]) - 4) for row in rows]
         wrong = self.bad.intersection(rows)
         if wrong:
             raise self.error(f"cannot do {sorted(wrong)}")
-        return {"value": state["value"] * 2, "shared": [*state["shared"], None]}
+        return {"value": Rows(state["value"].value * 2), "shared": [*state["shared"], None]}
 
 
 def rows(batch: Batch) -> list[int]:
@@ -57,7 +58,7 @@ def test_an_item_that_raises_costs_one_item(count: int, early: set[int], late: s
         **{row: f"denoise: ValueError: cannot do [{row}]" for row in late - early},
     }
     for group in batch.groups:
-        assert group.state["value"].tolist() == [item.index * 4 for item in group.items]
+        assert group.state["value"].value.tolist() == [item.index * 4 for item in group.items]
     assert set(batch.seconds) == {"encode", "denoise"} and all(spent >= 0 for spent in batch.seconds.values())
 
 
@@ -82,12 +83,44 @@ def test_a_state_that_cannot_be_divided_costs_the_whole_call() -> None:
     class Mixing:
         def run(self, items: Sequence[Item], state: Any) -> Any:
             if state is None:
-                return torch.zeros(7)  # of all three together
+                return torch.zeros(3)  # of all three together
             raise ValueError("no")
 
     batch = run_batch("encode", Mixing(), Batch.start(make_items(3)))
     batch = run_batch("denoise", Mixing(), batch)
     assert batch.groups == () and set(batch.failures) == {0, 1, 2}
+
+
+class Pair(NamedTuple):
+    one: Any
+    two: Any
+
+
+def test_a_state_is_divided_and_keeps_its_kind() -> None:
+    class Passing:
+        def run(self, items: Sequence[Item], state: Any) -> Any:
+            if state is None:
+                output = BaseModelOutput(last_hidden_state=Rows(torch.arange(4)))
+                return Pair([Rows(["a", "b", "c", "d"])], (output, torch.arange(4), torch.Size([4, 2])))
+            if len(items) > 1:
+                raise ValueError("one by one")
+            return state
+
+    batch = run_batch("encode", Passing(), Batch.start(make_items(4)))
+    batch = run_batch("denoise", Passing(), batch)
+    assert not batch.failures
+    for row, group in enumerate(batch.groups):
+        assert isinstance(group.state, Pair)
+        assert group.state.one == [Rows(["abcd"[row]])]
+        output, shared, shape = group.state.two
+        assert output.last_hidden_state.value.tolist() == [row]
+        assert shared.tolist() == [0, 1, 2, 3] and shape == torch.Size([4, 2])
+
+
+def test_entries_are_mapped_one_level_deep() -> None:
+    assert map_entries(str, {"a": 1, "b": [2]}) == {"a": "1", "b": "[2]"}
+    assert map_entries(str, (1, 2)) == ("1", "2") and map_entries(str, Pair(1, 2)) == Pair("1", "2")
+    assert map_entries(str, Rows([1])) == Rows("[1]")
 
 
 class OutOfMemoryError(RuntimeError):

@@ -1,0 +1,103 @@
+"""Clusters as dfdask starts them, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import dask
+import psutil
+import pytest
+from distributed import Client
+from fleet import until
+
+from dfdask import cluster
+from dfdask.cluster import LocalFleet, _free_port, _interrupts_kept_out, available_cores, check_scheduler, run_scheduler
+from dfdask.errors import ClusterError
+from dfdask.spec import WorkerGroup
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on, and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield int(listening.getsockname()[1])
+
+
+def test_workers_have_the_roles_of_their_groups_and_end_with_the_fleet() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    fleet = LocalFleet([WorkerGroup(count=2, stages=["encode", "decode"]), WorkerGroup()])
+    try:
+        with Client(fleet.address, set_as_default=False) as client:
+            client.wait_for_workers(3, timeout=60)
+            workers = client.scheduler_info()["workers"].values()
+            roles = sorted(sorted(worker["resources"]) for worker in workers)
+            assert roles == [[], ["role:decode", "role:encode"], ["role:decode", "role:encode"]]
+            assert {worker["nthreads"] for worker in workers} == {1}
+            assert {worker["memory_limit"] for worker in workers} == {0}
+            processes = client.run(os.getpid)
+            assert len(set(processes.values()) - {os.getpid()}) == 3
+            assert set(client.run(_news).values()) == {("Compute Failed",)}
+            extensions = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.extensions))
+            assert "stealing" not in extensions, "the gate alone places tasks"
+    finally:
+        fleet.close()
+    started = set(psutil.Process().children(recursive=True)) - before
+    until(
+        lambda: not [one for one in started if one.is_running() and "spawn_main" in str(one.cmdline())], 10, "the end"
+    )
+    assert dask.config.get("distributed.scheduler.work-stealing") is True, "settings of others are left alone"
+
+
+def _news() -> tuple[str, ...]:
+    """Which of two messages the worker's log lets through."""
+    logger = logging.getLogger("distributed.worker")
+    said = ("Failed to communicate with scheduler during heartbeat.", "Compute Failed")
+    records = [logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None) for text in said]
+    return tuple(record.getMessage() for record in records if logger.filter(record))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "no address", "http://127.0.0.1:9", "tcp://", "", "a:b"])
+def test_an_address_without_a_scheduler_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(ClusterError, match="nothing answers at") as caught:
+        asyncio.run(check_scheduler(address))
+    assert repr(address) in str(caught.value) and "\n" not in str(caught.value)
+    assert "dfdask scheduler" in str(caught.value)
+
+
+def test_who_listens_and_is_no_scheduler_is_named(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(ClusterError, match=f"nothing answers at 'tcp://127.0.0.1:{taken}'"):
+        asyncio.run(check_scheduler(f"tcp://127.0.0.1:{taken}"))
+
+
+def test_a_scheduler_whose_port_is_taken_says_so(taken: int) -> None:
+    with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{taken} .*choose another --port"):
+        run_scheduler("127.0.0.1", taken, "127.0.0.1:0")
+
+
+def test_a_port_that_is_taken_becomes_any_free_one(taken: int) -> None:
+    assert _free_port(taken) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    assert _free_port(free) == free
+
+
+def test_interrupts_come_back_afterwards() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with pytest.raises(ValueError), _interrupts_kept_out():
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        raise ValueError
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_as_many_workers_as_cores() -> None:
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)

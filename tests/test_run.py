@@ -1,0 +1,249 @@
+"""Jobs on real worker processes, from submitting to the data: what is computed, what is kept, what is said."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+from fleet import ROOT, family, until
+from tiny_models import ARGUMENTS, SIZE, monolithic
+
+from dfdask.batching import micro_batches
+from dfdask.errors import ModelError, SpecError, StorageError
+from dfdask.prompts import read_items
+from dfdask.run import Run, open_run, submit
+from dfdask.spec import JobSpec
+from dfdask.stages.fake import fake_pixels
+from dfdask.stages.model import model_ref
+
+PROMPTS = ["a red Apple", "two dogs, 1 cat", "nothing but the sea"]
+Tiny = Callable[[str], Path]
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' DPM solver, with numpy 2
+
+
+@pytest.fixture(autouse=True)
+def strict_settings() -> Iterator[None]:
+    """As strict workers have them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def job(model: Any, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    return {"model": model, "prompts": PROMPTS, "output": str(tmp_path / "run"), "batch": 2, "shard": 2, **more}
+
+
+def fake(tmp_path: Path, items: int = 12, fields: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    prompts = [{"prompt": f"prompt {number}", "id": f"item-{number}"} for number in range(items)]
+    return job({"fake": dict(fields or {})}, tmp_path, **{"prompts": prompts, **more})
+
+
+def check_pixels(run: Run, spec: JobSpec) -> None:
+    """Each micro-batch bit for bit as one call of the pipeline makes it."""
+    table, ref = read_items(spec), model_ref(spec)
+    items = table.items(0, len(table))
+    data = run.dataset().load()
+    stored = data["video" if "video" in data else "image"].values
+    layout = run.store.layout
+    done = 0
+    for start in range(0, len(items), layout.shard_items):
+        for micro in micro_batches(0, items[start : start + layout.shard_items], spec.batch):
+            together = [items[row] for row in micro.items]
+            lists: dict[str, list[Any]] = defaultdict(list)
+            for item in together:
+                for name, value in item.arguments.items():
+                    if "prompt" in name:
+                        lists[name].append(value)
+            for item, picture in zip(together, monolithic(ref, together, **lists), strict=True):
+                room = stored[item.index]
+                assert np.array_equal(room[tuple(map(slice, picture.shape))], picture), item.id
+                assert room.sum() == picture.sum(), "what the picture does not fill is black"
+                done += 1
+    assert done == len(items) and (data["status"].values == 1).all()
+
+
+@pytest.mark.parametrize("family", sorted(ARGUMENTS))
+def test_a_strict_job_makes_what_the_pipeline_makes(client: Client, tiny: Tiny, tmp_path: Path, family: str) -> None:
+    spec = JobSpec.from_mapping(
+        job(str(tiny(family)), tmp_path, strict=True, arguments={"num_inference_steps": 2, **ARGUMENTS[family]})
+    )
+    check_pixels(submit(spec, client=client).wait(60), spec)
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart_sigma"])
+def test_bfloat16_goes_from_process_to_process(client: Client, tiny: Tiny, tmp_path: Path, family: str) -> None:
+    arguments = {"num_inference_steps": 2, **ARGUMENTS[family]}
+    spec = JobSpec.from_mapping(job(str(tiny(family)), tmp_path, strict=True, dtype="bfloat16", arguments=arguments))
+    check_pixels(submit(spec, client=client).wait(60), spec)
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "sd"])
+def test_items_have_sizes_texts_and_numbers_of_their_own(
+    client: Client, tiny: Tiny, tmp_path: Path, family: str
+) -> None:
+    own: list[dict[str, Any]] = [{}, {"width": 2 * SIZE}, {"negative_prompt": "blurry"}, {"guidance_scale": 1.0}]
+    prompts = [{"prompt": f"{prompt} {number}", **own[number % 4]} for number, prompt in enumerate(PROMPTS * 3)]
+    prompts[4]["negative_prompt"] = "dark"
+    arguments = {"num_inference_steps": 2, **ARGUMENTS[family]}
+    spec = JobSpec.from_mapping(
+        job(
+            str(tiny(family)),
+            tmp_path,
+            strict=True,
+            prompts=prompts,
+            images_per_prompt=2,
+            batch=4,
+            shard=10,
+            arguments=arguments,
+        )
+    )
+    run = submit(spec, client=client).wait(60)
+    check_pixels(run, spec)
+    data = run.dataset()
+    assert data["image"].shape == (18, SIZE, 2 * SIZE, 3)
+    assert sorted(set(data["width"].values.tolist())) == [SIZE, 2 * SIZE]
+    assert len({picture.tobytes() for picture in data["image"].values}) == 18
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_an_item_that_fails_costs_one_row(client: Client, tmp_path: Path, stage: str) -> None:
+    fields = {"fail": ["item-3", "item-8"], "fail_stage": stage, "handoff_bytes": 5}
+    run = submit(fake(tmp_path, fields=fields, batch=5, shard=5), client=client).wait(30)
+    data = run.dataset().load()
+    for row in range(12):
+        if row in (3, 8):
+            assert data["status"].values[row] == 2 and not data["image"].values[row].any()
+            assert data["error"].values[row] == f"{stage}: RuntimeError: fake failure of item-{row}"
+        else:
+            assert data["status"].values[row] == 1 and data["error"].values[row] == ""
+            assert np.array_equal(data["image"].values[row], fake_pixels(int(data["seed"].values[row]), 8, 8))
+    assert [(row["item"], row["id"]) for row in run.failures()] == [(3, "item-3"), (8, "item-8")]
+    assert run.progress.failed_items == 2 and run.progress.phase == "finished"
+
+
+def test_a_job_that_is_stopped_goes_on_where_it_was(client: Client, tmp_path: Path) -> None:
+    spec = fake(tmp_path, items=40, fields={"stages": {"encode": 0.0, "denoise": 0.05, "decode": 0.0}})
+    seen: list[int] = []
+    run = submit(spec, client=client, on_commit=lambda event: seen.append(event.shard))
+    until(lambda: seen, 20, "a commit")
+    run.stop()
+    run.wait(30)
+    assert run.progress.phase == "stopped" and 0 < run.progress.committed_shards < 20
+    before = {int(commit["shard"]) for commit in run.store.commits()}
+    assert before == set(seen)
+    again: list[int] = []
+    done = submit(spec, client=client, on_commit=lambda event: again.append(event.shard)).wait(30)
+    assert sorted([*seen, *again]) == list(range(20)) and done.progress.phase == "finished"
+    assert done.progress.resumed_items == 2 * len(seen)
+    third = submit(spec, client=client, on_commit=lambda event: again.append(event.shard)).wait(30)
+    assert third.progress.phase == "finished" and len(again) == 20 - len(seen)
+    assert open_run(tmp_path / "run").progress.phase == "finished"
+
+
+def test_an_observer_that_fails_stops_nothing(client: Client, tmp_path: Path) -> None:
+    def observe(event: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.warns(UserWarning, match="on_commit raised KeyError"):
+        run = submit(fake(tmp_path), client=client, on_commit=observe).wait(30)
+    assert run.progress.phase == "finished"
+
+
+def test_too_little_memory_says_so(client: Client, tmp_path: Path) -> None:
+    from dfdask.errors import ClusterError
+
+    run = submit(fake(tmp_path, fields={"handoff_bytes": 1 << 60}), client=client)
+    with pytest.raises(ClusterError, match=r"encode: worker .* too little memory for 2 items .* smaller `batch`"):
+        run.wait(30)
+    assert run.progress.phase == "failed"
+
+
+def test_what_the_pipeline_refuses_makes_no_run(client: Client, tiny: Tiny, tmp_path: Path) -> None:
+    spec = job(str(tiny("sd")), tmp_path, arguments={"height": 60})
+    with pytest.raises(SpecError, match=r"arguments.height: 60 pixels"):
+        submit(spec, client=client)
+    assert not (tmp_path / "run").exists()
+    assert submit(fake(tmp_path), client=client).wait(30).progress.phase == "finished", "the user's client stays open"
+
+
+def test_an_output_that_goes_away_says_so(client: Client, tmp_path: Path) -> None:
+    spec = fake(tmp_path, items=40, fields={"stages": {"encode": 0.0, "denoise": 0.05, "decode": 0.0}})
+    run = submit(spec, client=client)
+    until(lambda: list((tmp_path / "run/commits").glob("0*")), 20, "a commit")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(StorageError):
+        run.wait(30)
+
+
+@pytest.fixture
+def damaged(tiny: Tiny, tmp_path: Path) -> Path:
+    """A model whose VAE was cut short by a download; nobody sees that before it is loaded."""
+    folder = Path(shutil.copytree(tiny("sd"), tmp_path / "model"))
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    return folder
+
+
+def test_a_model_that_cannot_be_loaded_says_so(client: Client, damaged: Path, tmp_path: Path) -> None:
+    spec = job(str(damaged), tmp_path, arguments={"num_inference_steps": 1, **ARGUMENTS["sd"]})
+    with pytest.raises(ModelError, match=r"vae \(AutoencoderKL\) cannot be loaded.*0 of 2 shards are committed"):
+        submit(spec, client=client).wait(60)
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dfdask", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_users_mistake_shows_no_traceback(damaged: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        f"model: {damaged}\nprompts: [a cat, a dog]\nworkers: 1\nbatch: 1\nshard: 1\n"
+        f"arguments: {{num_inference_steps: 1, height: {SIZE}, width: {SIZE}}}\n"
+    )
+    process = command(tmp_path, "run", "job.yaml")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2, out + err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("Error: model: ") and "cannot be loaded" in lines[0], err
+    assert "Traceback" not in out and "distributed" not in out, out
+
+
+def test_ctrl_c_while_the_cluster_starts_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("model: {fake: {stages: {generate: 9.0}}}\nprompts: [a cat]\nworkers: 2\n")
+    process = command(tmp_path, "run", "job.yaml")
+    try:
+        until(lambda: len(family(process.pid)) > 2, 60, "the first worker processes")
+        below = family(process.pid)[1:]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in out + err, out + err
+    end = time.monotonic() + 10
+    while any(one.is_running() for one in below):
+        assert time.monotonic() < end, "processes outlived the command"
+        time.sleep(0.05)
