@@ -89,6 +89,8 @@ class Driver:
                 self._collect(POLL_SECONDS)
                 self._poll()
                 self._submit(todo)
+        except OSError:  # a connection broke in the middle of a call; nothing here reads or writes files
+            raise _lost() from None
         finally:
             for future in self._flying:
                 future.release()

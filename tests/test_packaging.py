@@ -29,13 +29,17 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
     "values": {"spec", "items", "events", "errors", "arguments", "problems", "job_file"},
-    "pure": {"seeds", "batching", "words", "markup", "item_table"},
+    "pure": {
+        *("seeds", "batching", "words", "markup", "item_table"),
+        *("cost", "fluid", "placement", "dispatch", "controller"),
+    },
     "storage": {
         *("store", "store_check", "store_create", "store_layout", "store_objects"),
         *("targets", "target_files", "prompts", "prompt_files"),
     },
     "models": {"stages", "bundled"},
     "dask": {"run", "job_cluster", "driver", "gate", "worker", "cluster", "wire", "quiet"},
+    "tools": {"simulate"},
     "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
     "top": {"__init__", "__main__"},
 }

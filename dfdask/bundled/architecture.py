@@ -41,6 +41,7 @@ MAX_TOKENS = 120
 """Prompts longer than this are cut: the default of PixArt's pipeline."""
 _TOKENIZER = "T5TokenizerFast"
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
+_SPACE = "\u2581"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -55,26 +56,38 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
     trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY // 2,
+        vocab_size=VOCABULARY // 2 - 64,  # printable ASCII comes on top
         special_tokens=[_PAD, _END, _UNKNOWN],
         unk_token=_UNKNOWN,
-        initial_alphabet=[chr(code) for code in range(33, 127) if not chr(code).isupper()],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    scores: dict[str, float] = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
+    scores = _settled(json.loads(tokenizer.to_str())["model"]["vocab"])
     # Subwords alone cut common words such as "apple" in two: whole words fill the other half.
     counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
     for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         if len(scores) == VOCABULARY:
             break
-        scores["\u2581" + word] = math.log(count / counts.total())
+        scores[_SPACE + word] = math.log(count / counts.total())
     # The name that both transformers 4 and 5 know; in 5 it is another for T5Tokenizer, and not declared.
     tokenizer_class: Any = getattr(transformers, _TOKENIZER)
     fast: PreTrainedTokenizerFast = tokenizer_class(
         vocab=list(scores.items()), extra_ids=0, model_max_length=MAX_TOKENS
     )
     return fast
+
+
+def _settled(pieces: list[tuple[str, float]]) -> dict[str, float]:
+    """The pieces' scores with printable ASCII, in an order that is the same every time: the trainer has ties.
+
+    It also numbers the characters that it keeps only because it must, in any order: here all are as unlikely.
+    """
+    special, learned = pieces[:3], pieces[3:]
+    lowest = min((score for piece, score in learned if len(piece) > 1), default=0.0)
+    floor = round(lowest - 1, 4)
+    scores = {chr(code): floor for code in range(33, 127) if not chr(code).isupper()}
+    scores |= {piece: round(score, 4) if score >= lowest else floor for piece, score in learned}
+    return dict(special) | dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def build_pipeline(tokenizer: PreTrainedTokenizerFast, size: int = SIZE) -> Pipeline:

@@ -32,6 +32,14 @@ _SIGN_WORDS = (
 )
 _SIGNS = set(_SIGN_WORDS.split())
 """Names with one of these words are left out of the pictures of two things."""
+_FACE_NAMES = (
+    "cat face|dog face|fox|lion|tiger face|panda|bear|koala|rabbit face|mouse face|hamster|monkey face|pig face|"
+    "cow face|wolf|polar bear|robot|grinning face|alien|jack-o-lantern|sun with face|full moon face|clown face|"
+    "old man|unicorn|chicken|penguin|baby chick"
+)
+_FACES = _FACE_NAMES.split("|")
+"""Of all faces those on which the dark pixels are the eyes."""
+_SUNGLASSES = "sunglasses"
 _ARTICLES = ("", "a ", "the ")
 _HALF, _MAIN, _EXTRA = 0.5, 0.8, 0.44
 """Shares of the side that a glyph takes: beside another, with another at its corner, at the corner."""
@@ -87,7 +95,7 @@ def repainted(glyphs: list[Glyph], pixels: Pixels) -> tuple[Captions, Pixels]:
         if old not in HUES or share < 0.5 or _words(glyph.name) & _FIXED:
             continue
         names = [glyph.name, glyph.name, *(word for word in glyph.keywords if not _words(word) & _FIXED)][:5]
-        for new in HUES.keys() - {old}:
+        for new in (word for word in HUES if word != old):
             texts += [f"{new} {name}" for name in names]
             pictures += [len(copies)] * len(names)
             copies.append(repaint(picture, old, new))
@@ -124,6 +132,52 @@ def paired(glyphs: list[Glyph], pixels: Pixels, count: int, rng: random.Random) 
             joint = " and " if beside else " with "
             texts.append(f"{rng.choice(_ARTICLES)}{first}{joint}{rng.choice(_ARTICLES)}{second}")
     return Captions(texts, [index for index in range(count) for _ in range(_PAIR_TEXTS)]), pictures
+
+
+def dressed(glyphs: list[Glyph], pixels: Pixels) -> tuple[Captions, Pixels]:
+    """Faces that wear sunglasses over their eyes; none where the glyphs lack faces or sunglasses."""
+    index = {glyph.name: place for place, glyph in enumerate(glyphs)}
+    faces = [name for name in _FACES if name in index and _SUNGLASSES in index]
+    texts: list[str] = []
+    for name in faces:
+        short = name.removesuffix(" face") if name != "grinning face" else "face"
+        texts += [
+            f"{article}{short} {joint} sunglasses" for article in _ARTICLES for joint in ("with", "wearing", "in")
+        ]
+    pictures = [_wear(pixels[index[name]], pixels[index[_SUNGLASSES]]) for name in faces]
+    each = len(texts) // max(1, len(faces))
+    captions = Captions(texts, [place for place in range(len(faces)) for _ in range(each)])
+    return captions, np.stack(pictures) if pictures else pixels[:0]
+
+
+def _wear(face: Pixels, sunglasses: Pixels) -> Pixels:
+    """The eyes are the dark pixels between a fifth and three fifths of the way down the face."""
+    worn, drawn = face.copy(), face.min(-1) < 235
+    rows = np.flatnonzero(drawn.any(1))
+    dark = face.max(-1) < 90
+    dark[: int(rows[0] + 0.2 * np.ptp(rows))] = dark[int(rows[0] + 0.62 * np.ptp(rows)) :] = False
+    eyes = int(np.median(np.nonzero(dark)[0] if dark.sum() > 10 else rows))
+    columns = np.flatnonzero(drawn[eyes])
+    width = int(0.86 * np.ptp(columns))
+    left = int(columns[0] + columns[-1] - width) // 2
+    shape = np.argwhere(sunglasses.min(-1) < 235)
+    (top_edge, left_edge), (bottom, right) = shape.min(0), shape.max(0) + 1
+    cut = Image.fromarray(sunglasses[top_edge:bottom, left_edge:right])
+    pair = np.asarray(cut.resize((width, max(1, width * cut.height // cut.width))))
+    top = eyes - len(pair) // 2
+    under = worn[top : top + len(pair), left : left + width]
+    np.copyto(under, pair, where=pair.min(-1, keepdims=True) < 200)
+    return worn
+
+
+def sample(captions: Captions, pictures: Pixels, count: int, rng: random.Random) -> tuple[Captions, Pixels]:
+    """At most `count` of the pictures, with their captions."""
+    chosen = sorted(rng.sample(range(len(pictures)), min(count, len(pictures))))
+    places = {index: place for place, index in enumerate(chosen)}
+    kept = [
+        (text, places[index]) for text, index in zip(captions.texts, captions.pictures, strict=True) if index in places
+    ]
+    return Captions([text for text, _ in kept], [place for _, place in kept]), pictures[chosen]
 
 
 def _scaled(pixels: Pixels, side: int) -> Pixels:

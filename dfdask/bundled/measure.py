@@ -31,7 +31,7 @@ _FREE = (
     "a happy cat|pink heart|moon and stars|cup of coffee|guitar"
 )
 FREE_PROMPTS = _FREE.split("|")
-"""Not one of them is trained on as it stands, but some name a glyph."""
+"""Some name a glyph, some are captions that training made up, some are neither."""
 
 
 def draw(pipeline: Pipeline, prompts: list[str], batch: int, **arguments: float) -> Pixels:

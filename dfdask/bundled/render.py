@@ -118,7 +118,7 @@ def load_glyphs(path: Path) -> tuple[list[Glyph], Pixels]:
     if not path.is_file():
         raise GlyphFileError(f"no glyph file at {path}; {hint}")
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:  # numpy leaves a broken file open
             rows = json.loads(str(archive["glyphs"]))
             return [Glyph(sequence, name, tuple(keywords)) for sequence, name, keywords in rows], archive["pixels"]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dfdask.bundled.architecture import Pipeline, build_pipeline, load_pipeline, save_pipeline, train_tokenizer, weights
 from dfdask.bundled.autoencoder import encode, even_out, reconstruction_psnr, train_autoencoder
-from dfdask.bundled.captions import Captions, paired, repainted, unambiguous, variations
+from dfdask.bundled.captions import Captions, dressed, paired, repainted, sample, unambiguous, variations
 from dfdask.bundled.optimizer import Muon
 from dfdask.bundled.progress import Budget, Log
 from dfdask.bundled.render import Glyph, GlyphFileError, Pixels, load_glyphs
@@ -53,28 +53,36 @@ def tokenize(pipeline: Pipeline, captions: Captions, offset: int, share: float, 
 
 
 def make_lessons(
-    pipeline: Pipeline, glyphs: list[Glyph], pixels: Pixels, seed: int, device: str
+    pipeline: Pipeline, glyphs: list[Glyph], pixels: Pixels, seed: int, device: str, limit: int | None = None
 ) -> tuple[list[Lesson], Tensor]:
-    """What to learn, and the latents (m, 8, h, w): of glyphs, of repainted, paired, then of shaken ones."""
-    glyphs = unambiguous(glyphs)
-    others, copies = repainted(glyphs, pixels)
+    """What to learn, and the latents (m, 8, h, w): of the glyphs, of other pictures made of them, of shaken ones.
+
+    `limit` is the most pictures of each kind besides the glyphs, for a short run on a CPU.
+    """
+    glyphs, rng = unambiguous(glyphs), random.Random(seed)
     varied = variations(glyphs, pixels, random.Random(seed))
-    twos, pairs = paired(glyphs, pixels, PAIRS_PER_GLYPH * len(glyphs), random.Random(seed))
     names = Captions([glyph.name for glyph in glyphs], list(range(len(glyphs))))
     vae, generator = pipeline.vae, torch.Generator(device).manual_seed(seed)
     originals = on_device(pixels, device)
-    latents = [encode(vae, on_device(part, device)) for part in (pixels, copies, pairs)]
-    latents += [encode(vae, originals, generator) for _ in range(_SHAKEN)]
-    lessons = [
-        tokenize(pipeline, names, 0, 0.3, device),
-        tokenize(pipeline, varied, 0, 0.34, device),
-        tokenize(pipeline, others, len(glyphs), 0.16, device),
-        tokenize(pipeline, twos, len(glyphs) + len(copies), 0.15, device),
-    ]
-    first = len(glyphs) + len(copies) + len(pairs)
-    for copy in range(_SHAKEN):
-        lessons.append(tokenize(pipeline, varied, first + copy * len(glyphs), 0.05 / _SHAKEN, device))
-    return [lesson for lesson in lessons if len(lesson.pictures)], torch.cat(latents) * vae.config.scaling_factor
+    latents = [encode(vae, originals)]
+    lessons = [tokenize(pipeline, names, 0, 0.28, device), tokenize(pipeline, varied, 0, 0.28, device)]
+    first = len(glyphs)
+    for share, (captions, pictures) in (
+        (0.14, repainted(glyphs, pixels)),
+        (0.14, paired(glyphs, pixels, PAIRS_PER_GLYPH * len(glyphs), random.Random(seed))),
+        (0.12, dressed(glyphs, pixels)),
+    ):
+        if limit is not None:
+            captions, pictures = sample(captions, pictures, limit, rng)
+        if len(pictures):
+            latents.append(encode(vae, on_device(pictures, device)))
+            lessons.append(tokenize(pipeline, captions, first, share, device))
+            first += len(pictures)
+    for _ in range(_SHAKEN if limit is None else 0):
+        latents.append(encode(vae, originals, generator))
+        lessons.append(tokenize(pipeline, varied, first, 0.04 / _SHAKEN, device))
+        first += len(glyphs)
+    return lessons, torch.cat(latents) * vae.config.scaling_factor
 
 
 def on_device(pixels: Pixels, device: str) -> Tensor:
@@ -210,7 +218,7 @@ def train(options: argparse.Namespace) -> None:
         even_out(pipeline.vae, originals)
     log.write(part="autoencoder", psnr=round(reconstruction_psnr(pipeline.vae, originals), 2))
     save_pipeline(pipeline, output / "model")
-    lessons, latents = make_lessons(pipeline, glyphs, pixels, options.seed, device)
+    lessons, latents = make_lessons(pipeline, glyphs, pixels, options.seed, device, options.limit)
     log.write(part="lessons", captions=sum(len(lesson.pictures) for lesson in lessons), latents=len(latents))
     budget = Budget(options.minutes, options.steps)
     train_transformer(
@@ -236,6 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=4.0, help="of the autoencoder; 0 leaves it as it is")
     parser.add_argument("--steps", type=int, help="of either, in place of minutes")
     parser.add_argument("--resume", type=Path, help="a model that this script wrote")
+    parser.add_argument("--limit", type=int, help="the most pictures of each kind besides the glyphs as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rate", type=float, default=_RATE)

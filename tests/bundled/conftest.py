@@ -44,10 +44,11 @@ def glyph_file(glyphs: list[Glyph], pixels: Pixels, tmp_path_factory: pytest.Tem
     return path
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def torch_settings() -> Iterator[None]:
-    """Training sets how matrices are multiplied in the whole process."""
+    """Training sets how matrices are multiplied in the whole process; a module's first fixture needs this too."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)  # as dask's workers have; several wait for one another on a busy machine
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)

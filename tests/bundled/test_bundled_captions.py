@@ -6,7 +6,17 @@ import random
 
 import numpy as np
 
-from dfdask.bundled.captions import VARIATIONS, hue_and_share, paired, repaint, repainted, unambiguous, variations
+from dfdask.bundled.captions import (
+    VARIATIONS,
+    dressed,
+    hue_and_share,
+    paired,
+    repaint,
+    repainted,
+    sample,
+    unambiguous,
+    variations,
+)
 from dfdask.bundled.render import Glyph, Pixels
 
 
@@ -66,3 +76,32 @@ def test_a_pair_shows_both_of_the_glyphs_that_it_names(glyphs: list[Glyph], pixe
             if name in second:
                 assert hue_and_share(pictures[index][bottom, right:])[0] == colour
     assert seen == {" and ", " with "}
+
+
+def face_and_sunglasses() -> tuple[list[Glyph], Pixels]:
+    pictures = np.full((2, 64, 64, 3), 255, np.uint8)
+    pictures[0, 6:58, 6:58] = (250, 180, 40)
+    pictures[0, 26:30, 18:22] = pictures[0, 26:30, 42:46] = 20  # eyes
+    pictures[1, 24:40, 4:60] = 40
+    return [Glyph("a", "cat face", ()), Glyph("b", "sunglasses", ())], pictures
+
+
+def test_sunglasses_go_over_the_eyes() -> None:
+    glyphs, pixels = face_and_sunglasses()
+    captions, pictures = dressed(glyphs, pixels)
+    assert "a cat with sunglasses" in captions.texts and set(captions.pictures) == {0}
+    changed = np.argwhere((pictures[0] != pixels[0]).any(-1))
+    assert 20 <= changed[:, 0].min() <= 26 and 29 <= changed[:, 0].max() <= 35
+    assert (pictures[0, 26:30, 12:52] < 60).all()
+    captions, pictures = dressed(glyphs[:1], pixels[:1])
+    assert (captions.texts, captions.pictures, pictures.shape) == ([], [], (0, 64, 64, 3))
+
+
+def test_a_sample_keeps_its_captions(glyphs: list[Glyph], pixels: Pixels) -> None:
+    captions, pictures = repainted(glyphs, pixels)
+    fewer, chosen = sample(captions, pictures, 5, random.Random(0))
+    assert len(chosen) == 5 and set(fewer.pictures) == set(range(5))
+    for text, index in zip(fewer.texts, fewer.pictures, strict=True):
+        assert hue_and_share(chosen[index])[0] == text.split()[0]
+    whole, same = sample(captions, pictures, 10**6, random.Random(0))
+    assert whole == captions and np.array_equal(same, pictures)

@@ -1,0 +1,221 @@
+"""How long a stage takes: a prior from operations and bytes, and what finished tasks teach.
+
+A task's seconds are modelled as ``fixed + per_item * items + linear_flops / a + attention_flops / b``. What each term
+would take by the prior is a feature; the model learns one factor for each by Bayesian linear regression on
+relative errors (Bishop, Pattern Recognition and Machine Learning, 2006, section 3.3), with exponential
+forgetting, Student-t weights against outliers (Lange, Little and Taylor, JASA 84, 1989) and a fresh start where
+several tasks in a row disagree. Pure: no clock, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+NOISE = 0.03
+"""The relative deviation of equal tasks on an idle device."""
+_FREEDOM = 4.0
+_FORGETTING = 0.98
+_WINDOW = 6
+_CHANGED = 0.12
+_FLOOR_SECONDS = 1e-6
+_UNKNOWN_FIXED_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """What a class of devices reaches, in operations, bytes and seconds."""
+
+    linear_flops_per_second: float
+    attention_flops_per_second: float
+    bytes_per_second: float
+    floor_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWork:
+    """What one call of a stage has to do: all of it, not per item. Zeros where nothing is known."""
+
+    items: int
+    linear_flops: float = 0.0
+    attention_flops: float = 0.0
+    bytes_moved: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of a task, and one standard deviation of what is not known of them."""
+
+    seconds: float
+    deviation_seconds: float
+
+
+def roofline_seconds(work: TaskWork, rates: DeviceRates) -> float:
+    """The prior: the slower of computing and moving bytes (Williams, Waterman and Patterson, CACM 52, 2009)."""
+    computing = (
+        work.linear_flops / rates.linear_flops_per_second + work.attention_flops / rates.attention_flops_per_second
+    )
+    return max(rates.floor_seconds, computing, work.bytes_moved / rates.bytes_per_second)
+
+
+def terms(work: TaskWork, rates: DeviceRates | None) -> Vector:
+    """Prior seconds of each term, (4,): fixed, per item, linear operations, attention.
+
+    Where bytes or the floor are the limit, the operations' terms are stretched to it: learning scales what counts.
+    """
+    if rates is None or not (work.linear_flops or work.attention_flops or work.bytes_moved):
+        return np.array([_UNKNOWN_FIXED_SECONDS, float(work.items), 0.0, 0.0])
+    linear = work.linear_flops / rates.linear_flops_per_second
+    attention = work.attention_flops / rates.attention_flops_per_second
+    limit = roofline_seconds(work, rates)
+    stretch = limit / (linear + attention) if linear + attention else 0.0
+    fixed = max(rates.floor_seconds, 1e-3) if stretch else limit
+    return np.array([fixed, 0.0, linear * stretch, attention * stretch])
+
+
+@dataclass
+class StageModel:
+    """The factors of one stage of one model on one class of devices."""
+
+    mean: Vector
+    precision: Vector
+    prior_precision: Vector
+    count: int = 0
+    error: float = math.nan
+    recent: deque[tuple[Vector, float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    @classmethod
+    def prior(cls, known: bool) -> StageModel:
+        """With ``known`` operations factors are near 1, else anything goes."""
+        if known:
+            precision = np.diag([4.0, 4.0, 10.0, 10.0])
+            return cls(np.array([0.2, 1.0, 1.0, 1.0]), precision, precision)
+        precision = np.diag([1.0, 1e-4, 1.0, 1.0])
+        return cls(np.array([0.0, 1.0, 1.0, 1.0]), precision, precision)
+
+    def predict(self, features: Vector) -> Prediction:
+        seconds = max(float(features @ self.mean), _FLOOR_SECONDS)
+        spread = float(features @ np.linalg.solve(self.precision, features))
+        return Prediction(seconds, math.sqrt(max(spread, 0.0) + (NOISE * seconds) ** 2))
+
+    def observe(self, features: Vector, seconds: float) -> None:
+        """Learn from one task that took ``seconds``; anything but a positive number is ignored."""
+        if not (math.isfinite(seconds) and seconds > 0):
+            return
+        expected = self.predict(features)
+        missed = math.log(seconds / expected.seconds)
+        if self.count:
+            rate = max(1 / (self.count + 1), 0.05)
+            known = self.error if math.isfinite(self.error) else abs(missed)
+            self.error = known + rate * (min(abs(missed), 1.0) - known)
+        self.recent.append((features, seconds, missed))
+        self.count += 1
+        if self._has_changed():
+            recent = list(self.recent)
+            self.recent.clear()
+            # What held before says where to start and no more: the tasks of the new kind outweigh it.
+            self.precision = self.prior_precision * 0.01
+            for old, took, _ in recent:
+                self._update(old, took, 1.0)
+            return
+        self._update(features, seconds, self._weight(seconds, expected) if self.count > 2 else 1.0)
+
+    def _has_changed(self) -> bool:
+        missed = [error for *_, error in self.recent]
+        return len(missed) == _WINDOW and (min(missed) > _CHANGED or max(missed) < -_CHANGED)
+
+    @staticmethod
+    def _weight(seconds: float, expected: Prediction) -> float:
+        distance = (seconds - expected.seconds) / expected.deviation_seconds
+        return (_FREEDOM + 1) / (_FREEDOM + distance**2)
+
+    def _update(self, features: Vector, seconds: float, weight: float) -> None:
+        scaled = features / seconds
+        gain = weight / NOISE**2
+        # What is forgotten gives way to the prior's doubt, or what is never observed would become singular.
+        held = self.precision * _FORGETTING + self.prior_precision * (1 - _FORGETTING)
+        precision = held + gain * np.outer(scaled, scaled)
+        mean = np.linalg.solve(precision, held @ self.mean + gain * scaled)
+        self.mean, self.precision = np.maximum(mean, 0.0), precision
+
+
+class CostModel:
+    """Predictions for all stages; ``rates`` by device class are the prior's, as far as they are known."""
+
+    def __init__(self, rates: Mapping[str, DeviceRates] | None = None) -> None:
+        self.rates = dict(rates or {})
+        self._models: dict[tuple[str, str, str], StageModel] = {}
+
+    def predict(self, model: str, stage: str, device_class: str, work: TaskWork) -> Prediction:
+        """``model`` is what the stage's time depends on beside its work: a digest, a dtype."""
+        rates = self.rates.get(device_class)
+        features = terms(work, rates)
+        return self._model(model, stage, device_class, features).predict(features)
+
+    def observe(self, model: str, stage: str, device_class: str, work: TaskWork, seconds: float) -> None:
+        """A task of this work took ``seconds`` on the device, transfers left out."""
+        features = terms(work, self.rates.get(device_class))
+        self._model(model, stage, device_class, features).observe(features, seconds)
+
+    def count(self, model: str, stage: str, device_class: str) -> int:
+        """How many tasks were learnt from."""
+        known = self._models.get((model, stage, device_class))
+        return known.count if known else 0
+
+    def errors(self) -> dict[tuple[str, str, str], float]:
+        """The running mean of the predictions' relative errors, each made before its task was learnt from."""
+        return {key: model.error for key, model in self._models.items() if math.isfinite(model.error)}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What was learnt, for `learn`."""
+        return [
+            {
+                "model": key[0],
+                "stage": key[1],
+                "device_class": key[2],
+                "mean": model.mean.tolist(),
+                "precision": model.precision.tolist(),
+                "prior_precision": model.prior_precision.tolist(),
+                "count": model.count,
+                "error": model.error if math.isfinite(model.error) else None,
+            }
+            for key, model in self._models.items()
+        ]
+
+    def learn(self, saved: list[dict[str, Any]]) -> None:
+        """Take over what `to_json` wrote. Raises ValueError where it is not that."""
+        for entry in saved:
+            try:
+                mean, precision = np.array(entry["mean"], float), np.array(entry["precision"], float)
+                prior = np.array(entry["prior_precision"], float)
+                key = str(entry["model"]), str(entry["stage"]), str(entry["device_class"])
+                count, error = int(entry["count"]), entry["error"]
+                error = math.nan if error is None else float(error)
+            except (KeyError, TypeError, ValueError) as problem:
+                raise ValueError(f"not a saved cost: {entry!r} ({problem})") from problem
+            numbers = [*mean.flat, *precision.flat, *prior.flat]
+            if (mean.shape, precision.shape, prior.shape) != ((4,), (4, 4), (4, 4)) or not np.isfinite(numbers).all():
+                raise ValueError(f"not a saved cost: {entry!r}")
+            self._models[key] = StageModel(mean, precision, prior, count, error)
+
+    def _model(self, model: str, stage: str, device_class: str, features: Vector) -> StageModel:
+        key = model, stage, device_class
+        if key not in self._models:
+            self._models[key] = self._akin(model, stage, device_class) or StageModel.prior(bool(features[2:].any()))
+        return self._models[key]
+
+    def _akin(self, model: str, stage: str, device_class: str) -> StageModel | None:
+        """Another class's factors to begin with: a slower device is slower at everything, at first sight."""
+        for (other, same_stage, _), known in self._models.items():
+            if (other, same_stage) == (model, stage) and known.count:
+                doubt = known.precision * (NOISE / 0.5) ** 2
+                return StageModel(known.mean.copy(), doubt, known.prior_precision)
+        return None

@@ -1,0 +1,261 @@
+"""Which ready task goes to which worker next: the gate's rules without Dask and without a clock.
+
+A worker has roles: stages of its own, and stages that it helps with when nothing of its own is ready. One that
+cannot hold all its own stages takes turns: it keeps to one until nothing of that is left to do.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Kind = tuple[str, str]
+"""A job and one of its stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a worker may run; with ``turns`` one of its ``own`` at a time. ``None`` as own means everything."""
+
+    own: tuple[Kind, ...] | None = None
+    helps: tuple[Kind, ...] = ()
+    turns: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A task and the worker it goes to."""
+
+    key: Hashable
+    kind: Kind
+    worker: str
+
+
+class Dispatcher:
+    """Ready tasks by kind, and workers by what they may run now and how much they have to do.
+
+    Workers of the same abilities are kept by load: finding one does not take longer in a large fleet.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        self.depth = depth
+        self._seats: dict[str, Seat] = {}
+        self._turn: dict[str, Kind | None] = {}
+        self._held: dict[str, dict[Hashable, None]] = {}
+        self._paused: set[str] = set()
+        self._turners: dict[str, None] = {}
+        self._free: dict[_Ability, list[dict[str, None]]] = {}
+        self._ready: dict[Kind, list[tuple[Any, Hashable]]] = defaultdict(list)
+        self._queued: dict[Hashable, tuple[Kind, int]] = {}
+        self._ready_items: dict[Kind, int] = defaultdict(int)
+        self._placed: dict[Hashable, tuple[Kind, int, str]] = {}
+        self._running_items: dict[Kind, int] = defaultdict(int)
+        self._stock: dict[Kind, int] = defaultdict(int)
+        self._next: dict[Kind, Kind] = {}
+        self._limits: dict[Kind, float] = {}
+
+    # -- workers
+
+    def join(self, worker: str, seat: Seat) -> None:
+        """A worker came, or came back without anything."""
+        self.leave(worker)
+        self._seats[worker], self._turn[worker], self._held[worker] = seat, None, {}
+        if seat.turns:
+            self._turners[worker] = None
+        self._shelve(worker)
+
+    def leave(self, worker: str) -> list[Hashable]:
+        """A worker went; the tasks that it held are returned, and not placed any more."""
+        if worker not in self._seats:
+            return []
+        self._unshelve(worker)
+        self._paused.discard(worker)
+        self._turners.pop(worker, None)
+        lost = list(self._held.pop(worker))
+        for key in lost:
+            kind, items, _ = self._placed.pop(key)
+            self._running_items[kind] -= items
+        del self._seats[worker], self._turn[worker]
+        return lost
+
+    def seat(self, worker: str, seat: Seat) -> None:
+        """Other roles; what is placed already stays where it is."""
+        if self._seats[worker] != seat:
+            self._unshelve(worker)
+            self._seats[worker] = seat
+            if not seat.turns or self._turn[worker] not in (seat.own or ()):
+                self._turn[worker] = None
+            self._turners.pop(worker, None)
+            if seat.turns:
+                self._turners[worker] = None
+            self._shelve(worker)
+
+    def pause(self, worker: str, paused: bool = True) -> None:
+        """Give it nothing new until it goes on."""
+        if worker in self._seats and paused != (worker in self._paused):
+            self._unshelve(worker)
+            (self._paused.add if paused else self._paused.discard)(worker)
+            self._shelve(worker)
+
+    def turn(self, worker: str) -> Kind | None:
+        """The stage that a worker which takes turns is at."""
+        return self._turn[worker]
+
+    # -- tasks
+
+    def follow(self, kind: Kind, following: Kind, limit_items: float = math.inf) -> None:
+        """Results of ``kind`` wait for ``following``: at most ``limit_items``, running ones included."""
+        self._next[kind], self._limits[kind] = following, limit_items
+
+    def push(self, kind: Kind, order: Any, key: Hashable, items: int) -> None:
+        """A task is ready; smaller ``order`` goes first."""
+        if key not in self._queued:
+            self._queued[key] = kind, items
+            self._ready_items[kind] += items
+            heapq.heappush(self._ready[kind], (order, key))
+
+    def drop(self, key: Hashable) -> None:
+        """A task that was ready is not any more."""
+        if key in self._queued:
+            kind, items = self._queued.pop(key)
+            self._ready_items[kind] -= items
+
+    def done(self, key: Hashable, finished: bool) -> None:
+        """A placed task left its worker. ``finished``: with a result that waits for the next stage."""
+        if key in self._placed:
+            kind, items, worker = self._placed.pop(key)
+            self._running_items[kind] -= items
+            self._unshelve(worker)
+            self._held[worker].pop(key, None)
+            self._shelve(worker)
+            if finished and kind in self._next:
+                self._stock[kind] += items
+
+    def used(self, kind: Kind, items: int) -> None:
+        """Results of ``kind`` do not wait any more: the next stage has done with them, or nobody wants them."""
+        self._stock[kind] = max(self._stock[kind] - items, 0)
+
+    def ready_items(self, kind: Kind) -> int:
+        return self._ready_items[kind]
+
+    def allowed_items(self, kind: Kind) -> float:
+        """How many items may start now without too many results waiting."""
+        return self._limits.get(kind, math.inf) - self._stock[kind] - self._running_items[kind]
+
+    def startable_items(self, kind: Kind) -> float:
+        """Ready items that may start."""
+        return min(self._ready_items[kind], max(self.allowed_items(kind), 0))
+
+    # -- the rule
+
+    def assign(self, holders: Callable[[Hashable], Mapping[str, int]]) -> list[Assignment]:
+        """Place what can be placed; ``holders`` says how many bytes of a task's inputs each worker has.
+
+        The smallest order goes first, so that later stages drain before earlier ones fill memory. Workers serve
+        their own stages before they help with others; the least loaded come first, and among them the ones that
+        hold most of the inputs.
+        """
+        found = self._round(holders, own=True)
+        while self._change_turns():
+            found += self._round(holders, own=True)
+        return found + self._round(holders, own=False)
+
+    def _round(self, holders: Callable[[Hashable], Mapping[str, int]], own: bool) -> list[Assignment]:
+        found = []
+        kinds = [kind for kind, heap in self._ready.items() if self._peek(heap) is not None]
+        for kind in sorted(kinds, key=lambda kind: self._ready[kind][0][0]):
+            heap = self._ready[kind]
+            able = [ability for ability in self._free if (ability.owns(kind) if own else kind in ability.helps)]
+            # Those with the fewest abilities first: others are left for what only they can do.
+            able.sort(key=_Ability.breadth)
+            while able and (key := self._peek(heap)) is not None and self._may_start(kind, self._queued[key][1]):
+                worker = self._least_loaded(able, holders(key))
+                if worker is None:
+                    break
+                heapq.heappop(heap)
+                self._place(key, worker)
+                found.append(Assignment(key, kind, worker))
+        return found
+
+    def _may_start(self, kind: Kind, items: int) -> bool:
+        # The first batch always may, or a batch larger than the limit would never run.
+        return self.allowed_items(kind) >= items or self._stock[kind] + self._running_items[kind] == 0
+
+    def _peek(self, heap: list[tuple[Any, Hashable]]) -> Hashable | None:
+        while heap and heap[0][1] not in self._queued:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
+
+    def _least_loaded(self, able: Iterable[_Ability], holders: Mapping[str, int]) -> str | None:
+        for level in range(self.depth):
+            shelves = [shelf for ability in able if (shelf := self._free[ability][level])]
+            if shelves:
+                near = max(
+                    (name for name in holders if any(name in shelf for shelf in shelves)),
+                    key=holders.__getitem__,
+                    default=None,
+                )
+                return near if near is not None else next(iter(shelves[0]))
+        return None
+
+    def _place(self, key: Hashable, worker: str) -> None:
+        kind, items = self._queued.pop(key)
+        self._ready_items[kind] -= items
+        self._unshelve(worker)
+        self._held[worker][key] = None
+        self._shelve(worker)
+        self._placed[key] = kind, items, worker
+        self._running_items[kind] += items
+
+    def _change_turns(self) -> bool:
+        """Workers that have nothing left to do at their turn go on to where most work waits."""
+        changed = False
+        for worker in self._turners:
+            if self._held[worker] or worker in self._paused:
+                continue
+            own = self._seats[worker].own or ()
+            best = max(own, key=lambda kind: (self.startable_items(kind), own.index(kind)), default=None)
+            if best is not None and best != self._turn[worker] and self.startable_items(best) > 0:
+                self._unshelve(worker)
+                self._turn[worker] = best
+                self._shelve(worker)
+                changed = True
+        return changed
+
+    # -- workers by ability and load
+
+    def _ability(self, worker: str) -> _Ability:
+        seat = self._seats[worker]
+        if worker in self._paused:
+            return _Ability((), ())
+        if seat.turns:
+            turn = self._turn[worker]
+            return _Ability((turn,) if turn else (), ())
+        return _Ability(seat.own, seat.helps)
+
+    def _shelve(self, worker: str) -> None:
+        levels = self._free.setdefault(self._ability(worker), [{} for _ in range(self.depth + 1)])
+        levels[min(len(self._held[worker]), self.depth)][worker] = None
+
+    def _unshelve(self, worker: str) -> None:
+        ability = self._ability(worker)
+        levels = self._free[ability]
+        levels[min(len(self._held[worker]), self.depth)].pop(worker, None)
+        if not any(levels):
+            del self._free[ability]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ability:
+    own: tuple[Kind, ...] | None
+    helps: tuple[Kind, ...]
+
+    def owns(self, kind: Kind) -> bool:
+        return self.own is None or kind in self.own
+
+    def breadth(self) -> float:
+        return math.inf if self.own is None else len(self.own)

@@ -1,0 +1,395 @@
+"""Which worker runs which stages, for how much of its time: a pure function of the fleet and the work left.
+
+The fluid optimum (``dfdask.fluid``) says how much time of each class of workers every stage should get. Whole
+workers go to single stages, what is left over is shared by the few others: side by side where a worker's memory
+holds both stages, else in turns that repay their loads. The result competes with staying as it is, with whole
+models on every worker and with whole workers only; all are judged by the same cost model.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dfdask.fluid import Demand, Flow, Group, best_flow, fastest_seconds
+
+MARGIN = 0.03
+"""The part by which a change must be better than none."""
+_MOST_COMBINATIONS = 256
+_NOTHING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run a stage on a class of devices.
+
+    ``weights`` are the bytes that each component keeps on the device, ``working_bytes`` what a batch needs beside
+    them; ``load_seconds`` brings all weights there.
+    """
+
+    seconds_per_item: float
+    batch: int = 1
+    weights: Mapping[str, int] = field(default_factory=dict)
+    working_bytes: int = 0
+    load_seconds: float = 0.0
+    streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What is left of one stage of a job; ``options`` by device class, none where it cannot run.
+
+    ``weight`` is the job's part of the fleet in relation to other jobs; ``ahead_items`` how many of the stage's
+    results may wait for the next stage: it limits the length of a turn.
+    """
+
+    job: str
+    stage: str
+    items: float
+    options: Mapping[str, Sequence[Option]]
+    weight: float = 1.0
+    ahead_items: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A worker: what it has on its device now, and the (job, stage) pairs that are its roles now."""
+
+    name: str
+    device_class: str = "cpu"
+    memory_bytes: int = 0
+    holds: frozenset[str] = frozenset()
+    runs: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A stage that a worker may run. A share of 0 is help: only when nothing of its own is ready."""
+
+    job: str
+    stage: str
+    share: float
+    option: Option
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``seconds`` until each job ends by prediction; ``bound_seconds`` if time could be shared without loss.
+
+    ``policy`` names the candidate that won; ``impossible`` are stages that no worker can run at all.
+    """
+
+    roles: dict[str, tuple[Role, ...]]
+    policy: str
+    seconds: dict[str, float]
+    bound_seconds: dict[str, float]
+    impossible: tuple[tuple[str, str], ...]
+    score: float
+    stay_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """How a device runs a set of stages: an option each, and the seconds lost to turns until the end."""
+
+    options: dict[int, Option]
+    turns_seconds: float = 0.0
+
+
+_Class = tuple[str, int]
+_Key = tuple[_Class, tuple[int, ...]]
+_Sets = list[tuple[int, ...]]
+
+
+def place(works: Sequence[StageWork], devices: Sequence[Device], margin: float = MARGIN) -> Placement:
+    """Roles for every device. Pure: the same input gives the same placement.
+
+    No device is asked to hold more than its memory at once. Every stage with items left that some device can run
+    gets a share. The placement is never judged worse than the best found split into whole workers, than whole
+    models on each worker, or than the present roles.
+    """
+    fleet = _Fleet(works, devices)
+    impossible = tuple(
+        (work.job, work.stage)
+        for place, work in enumerate(works)
+        if work.items > 0 and not any(place in table for table in fleet.fastest.values())
+    )
+    stay = fleet.judge([fleet.present(device) for device in devices])
+    if not any(fleet.fastest.values()):
+        return Placement({device.name: () for device in devices}, "none", {}, {}, impossible, 0.0, 0.0)
+    candidates: dict[str, Callable[[], _Sets | None]] = {
+        "shared": fleet.shared,
+        "whole workers": fleet.whole_workers,
+        "whole models": fleet.whole_models,
+    }
+    policy, best = "as it is", stay
+    for name, propose in candidates.items():
+        sets = propose()
+        if sets is not None:
+            judged = fleet.judge(sets)
+            needed = best.score * (1 + margin) if policy == "as it is" else best.score * (1 + 1e-9)
+            if judged.score > needed:
+                policy, best = name, judged
+    return Placement(
+        fleet.roles(best), policy, best.flow.seconds, fleet.bound.seconds, impossible, best.score, stay.score
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A candidate: devices by class and stages, how each such group runs them, and what all achieve."""
+
+    groups: dict[_Key, list[int]]
+    cells: dict[_Key, _Cell]
+    flow: Flow
+
+    @property
+    def score(self) -> float:
+        return self.flow.score
+
+
+class _Fleet:
+    """Devices by class, with the fastest option of every stage that runs there, and the fluid bound."""
+
+    def __init__(self, works: Sequence[StageWork], devices: Sequence[Device]) -> None:
+        self.works, self.devices = works, devices
+        self.demands = [Demand(work.job, work.items, work.weight) for work in works]
+        self.classes: dict[_Class, list[int]] = defaultdict(list)
+        for number, device in enumerate(devices):
+            self.classes[_class(device)].append(number)
+        self.fastest = {kind: self._fastest(kind) for kind in self.classes}
+        whole = [
+            Group(len(members), {place: option.seconds_per_item for place, option in self.fastest[kind].items()})
+            for kind, members in self.classes.items()
+        ]
+        self._seconds = fastest_seconds(whole, self.demands)
+        self.bound = best_flow(whole, self.demands, self._seconds)
+        self.horizon_seconds = max((s for s in self.bound.seconds.values() if math.isfinite(s)), default=0.0)
+        self._needs = {  # worker time a second, over all classes: what is scarce
+            place: sum(shares.get(place, 0.0) for shares in self.bound.shares) for place in range(len(works))
+        }
+        self._places = {(work.job, work.stage): place for place, work in enumerate(works)}
+
+    def _fastest(self, kind: _Class) -> dict[int, Option]:
+        name, memory = kind
+        found = {}
+        for place, work in enumerate(self.works):
+            fitting = [option for option in work.options.get(name, ()) if _fits([option], memory)]
+            if work.items > 0 and fitting:
+                found[place] = min(fitting, key=lambda option: option.seconds_per_item)
+        return found
+
+    def present(self, device: Device) -> tuple[int, ...]:
+        able = self.fastest[_class(device)]
+        places = (self._places.get(pair) for pair in device.runs)
+        return tuple(sorted(place for place in places if place is not None and place in able))
+
+    # -- candidates: the stages of each device
+
+    def shared(self) -> _Sets:
+        """The fluid optimum: whole workers first, then the left-over parts wrapped around the others."""
+        sets: _Sets = [()] * len(self.devices)
+        for (kind, members), shares in zip(self.classes.items(), self.bound.shares, strict=True):
+            wholes = {place: math.floor(share + _NOTHING) for place, share in shares.items()}
+            free = self._seat(members, wholes, sets)
+            parts = {place: share - wholes[place] for place, share in shares.items()}
+            self._wrap(kind, free, {place: part for place, part in parts.items() if part > _NOTHING}, sets)
+        return sets
+
+    def whole_workers(self) -> _Sets | None:
+        """Every worker one stage: the best split for one job on one class, a good one else.
+
+        A worker goes where it helps most: to the stage that would end last; None where stages outnumber workers.
+        """
+        wanted = set().union(*self.fastest.values())
+        if len(wanted) > len(self.devices):
+            return None
+        # The classes with the fewest abilities choose first, so that others are left for what only they can do.
+        rates = dict.fromkeys(wanted, 0.0)
+        counts: dict[_Class, dict[int, int]] = {}
+        for kind, members in sorted(self.classes.items(), key=lambda entry: len(self.fastest[entry[0]])):
+            counts[kind] = defaultdict(int)
+            able = self.fastest[kind]
+            lasting = [
+                (-self._left(place, rates[place]), option.seconds_per_item, place) for place, option in able.items()
+            ]
+            heapq.heapify(lasting)
+            for _ in members if able else ():
+                _, seconds, place = lasting[0]
+                rates[place] += 1 / seconds
+                counts[kind][place] += 1
+                heapq.heapreplace(lasting, (-self._left(place, rates[place]), seconds, place))
+        sets: _Sets = [()] * len(self.devices)
+        for kind, members in self.classes.items():
+            self._seat(members, counts[kind], sets)
+        return sets
+
+    def _left(self, place: int, rate: float) -> float:
+        work = self.works[place]
+        return work.weight * work.items / rate if rate else math.inf
+
+    def whole_models(self) -> _Sets | None:
+        """Every stage on every worker that holds them all at once; None where no worker does."""
+        whole = {kind: tuple(able) for kind, able in self.fastest.items() if able and self._together(kind, tuple(able))}
+        if not whole:
+            return None
+        shared = self.shared()
+        return [whole.get(_class(device), shared[number]) for number, device in enumerate(self.devices)]
+
+    def _seat(self, members: Sequence[int], counts: Mapping[int, int], sets: _Sets) -> list[int]:
+        """Give ``counts`` devices to each stage: those that run it, then those that hold it. Returns the others."""
+        wanted = {place: count for place, count in counts.items() if count}
+        free = list(members)
+        for suits in (self._runs_only, self._runs, self._holds, lambda number: list(wanted)):
+            left = []
+            for number in free:
+                place = next((place for place in suits(number) if wanted.get(place)), None)
+                if place is None:
+                    left.append(number)
+                else:
+                    sets[number] = (place,)
+                    wanted[place] -= 1
+            free = left
+        return free
+
+    def _runs_only(self, number: int) -> Sequence[int]:
+        present = self.present(self.devices[number])
+        return present if len(present) == 1 else ()
+
+    def _runs(self, number: int) -> Sequence[int]:
+        return self.present(self.devices[number])
+
+    def _holds(self, number: int) -> Sequence[int]:
+        device = self.devices[number]
+        able = self.fastest[_class(device)] if device.holds else {}
+        return [place for place, option in able.items() if option.weights and device.holds >= option.weights.keys()]
+
+    def _wrap(self, kind: _Class, free: list[int], parts: Mapping[int, float], sets: _Sets) -> None:
+        """Lay the parts end to end and cut at every device: at most one more piece than there are devices."""
+        if not parts:
+            return
+        room = max(sum(parts.values()) / len(free), _NOTHING)
+        pieces: list[tuple[int, ...]] = [()]
+        used = 0.0
+        for place, part in sorted(parts.items()):
+            while part > _NOTHING:
+                if room - used <= _NOTHING and len(pieces) < len(free):
+                    pieces.append(())
+                    used = 0.0
+                taken = min(part, room - used) if len(pieces) < len(free) else part
+                pieces[-1] = (*pieces[-1], place)
+                part -= taken
+                used += taken
+        for piece in pieces:
+            chosen = max(free, key=lambda number: len({*piece} & {*self._runs(number)}))
+            sets[chosen] = piece
+            free.remove(chosen)
+
+    # -- judging
+
+    def judge(self, sets: _Sets) -> _Judged:
+        """What the devices achieve with these stages, loads and turns counted over the time that is left."""
+        groups: dict[_Key, list[int]] = defaultdict(list)
+        for number, places in enumerate(sets):
+            groups[_class(self.devices[number]), places].append(number)
+        together = {key: self._together(*key) for key in groups}
+        cells = {key: cell or _Cell(self._options(*key)) for key, cell in together.items()}
+        flow = self._flow(groups, cells)
+        if not all(together.values()):
+            for (key, members), shares in zip(groups.items(), flow.shares, strict=True):
+                if together[key] is None:
+                    cells[key] = self._cheapest(key, shares, len(members))
+            flow = self._flow(groups, cells)
+        return _Judged(groups, cells, flow)
+
+    def _flow(self, groups: Mapping[_Key, list[int]], cells: Mapping[_Key, _Cell]) -> Flow:
+        rows = []
+        for key, members in groups.items():
+            cell = cells[key]
+            lost = sum(_load_seconds(cell.options.values(), self.devices[number].holds) for number in members)
+            lost += cell.turns_seconds * len(members)
+            part = min(lost / self.horizon_seconds, 0.99 * len(members)) if self.horizon_seconds else 0.0
+            seconds = {place: option.seconds_per_item for place, option in cell.options.items()}
+            rows.append(Group(len(members) - part, seconds))
+        return best_flow(rows, self.demands, self._seconds)
+
+    def _together(self, kind: _Class, places: tuple[int, ...]) -> _Cell | None:
+        """All stages at once with their fastest options, or None where memory is short."""
+        options = self._options(kind, places)
+        return _Cell(options) if _fits(options.values(), kind[1]) else None
+
+    def _options(self, kind: _Class, places: tuple[int, ...]) -> dict[int, Option]:
+        return {place: self.fastest[kind][place] for place in places}
+
+    def _cheapest(self, key: _Key, shares: Mapping[int, float], members: int) -> _Cell:
+        """Turns with the fastest options, or slower options that fit side by side: what loses less time."""
+        (name, memory), places = key
+        fastest = self._options(*key)
+        items = {
+            place: min(self.works[place].items, self.horizon_seconds * shares.get(place, 0.0) / option.seconds_per_item)
+            / members
+            for place, option in fastest.items()
+        }
+        cycles = max((math.ceil(items[place] / self.works[place].ahead_items) for place in places), default=1)
+        once = sum(option.load_seconds for option in fastest.values())
+        turns = _Cell(fastest, max(cycles - 1, 0) * once)
+        best, lost = turns, turns.turns_seconds
+        choices = [self.works[place].options[name] for place in places]
+        if math.prod(map(len, choices)) <= _MOST_COMBINATIONS:
+            for combination in itertools.product(*choices):
+                options = dict(zip(places, combination, strict=True))
+                more = sum(
+                    items[place] * (option.seconds_per_item - fastest[place].seconds_per_item)
+                    for place, option in options.items()
+                )
+                if more < lost and _fits(combination, memory):
+                    best, lost = _Cell(options), more
+        return best
+
+    # -- the result
+
+    def roles(self, judged: _Judged) -> dict[str, tuple[Role, ...]]:
+        """By device: its own stages by share, then those that fit beside them and that it may help with."""
+        found = {}
+        for (key, members), shares in zip(judged.groups.items(), judged.flow.shares, strict=True):
+            kind, _ = key
+            own = sorted(shares, key=lambda place: -shares[place])
+            options = {place: judged.cells[key].options[place] for place in own}
+            for place in sorted(self.fastest[kind], key=lambda place: -self._needs[place]):
+                if place not in options and _fits([*options.values(), self.fastest[kind][place]], kind[1]):
+                    options[place] = self.fastest[kind][place]
+            roles = tuple(
+                Role(self.works[place].job, self.works[place].stage, shares.get(place, 0.0) / len(members), option)
+                for place, option in options.items()
+            )
+            found.update({self.devices[number].name: roles for number in members})
+        return {device.name: found[device.name] for device in self.devices}
+
+
+def _class(device: Device) -> _Class:
+    return device.device_class, device.memory_bytes
+
+
+def _fits(options: Iterable[Option], memory_bytes: int) -> bool:
+    weights: dict[str, int] = {}
+    working = 0
+    for option in options:
+        for name, size in option.weights.items():
+            weights[name] = max(size, weights.get(name, 0))
+        working = max(working, option.working_bytes)
+    return sum(weights.values()) + working <= memory_bytes
+
+
+def _load_seconds(options: Iterable[Option], holds: frozenset[str]) -> float:
+    total = 0.0
+    loaded = set(holds)
+    for option in options:
+        missing = sum(size for name, size in option.weights.items() if name not in loaded)
+        if missing:
+            total += option.load_seconds * missing / sum(option.weights.values())
+        loaded.update(option.weights)
+    return total

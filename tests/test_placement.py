@@ -1,0 +1,202 @@
+"""Placement: what holds for every fleet and every load."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfdask.fluid import Demand, Group, best_flow
+from dfdask.placement import Device, Option, Placement, StageWork, place
+
+STAGES = ("encode", "denoise", "decode", "upscale")
+CLASSES = ("fast", "slow")
+
+
+def options(seconds: float, name: str, size: int, load: float, streams: bool) -> list[Option]:
+    resident = Option(seconds, 4, {name: size}, 0, load)
+    return [resident, Option(seconds * 1.3, 8, {}, 1, 0.0, streamed=True)] if streams else [resident]
+
+
+@st.composite
+def works(
+    draw: st.DrawFn, jobs: int = 2, most: int = 4, load: st.SearchStrategy[float] | None = None
+) -> list[StageWork]:
+    found = []
+    for job in range(draw(st.integers(1, jobs))):
+        items, weight = draw(st.integers(1, 2000)), draw(st.sampled_from((0.5, 1.0, 10.0)))
+        for stage in STAGES[: draw(st.integers(1, most))]:
+            name, size = f"{job}/{stage}", draw(st.integers(1, 3))
+            base, streams = draw(st.floats(0.01, 2)), draw(st.booleans())
+            seconds = draw(st.floats(0, 5) if load is None else load)
+            table = {
+                kind: options(base * draw(st.floats(0.5, 4)), name, size, seconds, streams)
+                for kind in CLASSES
+                if kind == "fast" or draw(st.booleans())
+            }
+            ahead = draw(st.sampled_from((10.0, 100.0, math.inf)))
+            found.append(StageWork(f"job {job}", stage, items, table, weight, ahead))
+    return found
+
+
+@st.composite
+def fleets(draw: st.DrawFn, most: int = 6) -> list[Device]:
+    kinds = draw(st.lists(st.tuples(st.sampled_from(CLASSES), st.integers(3, 8)), min_size=1, max_size=most))
+    return [Device(f"w{number}", kind, memory) for number, (kind, memory) in enumerate(kinds)]
+
+
+def used_bytes(chosen: list[Option]) -> int:
+    weights: dict[str, int] = {}
+    for option in chosen:
+        weights.update(option.weights)
+    return sum(weights.values()) + max((option.working_bytes for option in chosen), default=0)
+
+
+def present(devices: list[Device], placement: Placement) -> list[Device]:
+    """The devices after the placement was carried out and everything was loaded."""
+    found = []
+    for device in devices:
+        own = [role for role in placement.roles[device.name] if role.share > 0]
+        holds: set[str] = set()
+        for role in own:
+            if len(holds | role.option.weights.keys()) <= device.memory_bytes:
+                holds |= role.option.weights.keys()
+        runs = tuple((role.job, role.stage) for role in own)
+        found.append(Device(device.name, device.device_class, device.memory_bytes, frozenset(holds), runs))
+    return found
+
+
+@given(works(), fleets())
+@settings(max_examples=60, deadline=None)
+def test_memory_time_and_work_are_respected(load: list[StageWork], devices: list[Device]) -> None:
+    placement = place(load, devices)
+    by_stage: dict[tuple[str, str], float] = defaultdict(float)
+    for device in devices:
+        roles = placement.roles[device.name]
+        own = [role for role in roles if role.share > 0]
+        assert all(used_bytes([role.option]) <= device.memory_bytes for role in roles)
+        if used_bytes([role.option for role in own]) <= device.memory_bytes:
+            assert used_bytes([role.option for role in roles]) <= device.memory_bytes, "help must fit beside it"
+        else:
+            assert roles == tuple(own), "who takes turns has no room to help"
+        assert sum(role.share for role in roles) <= 1 + 1e-6
+        for role in own:
+            by_stage[role.job, role.stage] += role.share / role.option.seconds_per_item
+    kinds = {(device.device_class, device.memory_bytes) for device in devices}
+    for work in load:
+        able = any(used_bytes([option]) <= memory for kind, memory in kinds for option in work.options.get(kind, ()))
+        assert able == ((work.job, work.stage) not in placement.impossible)
+        if able:
+            assert by_stage[work.job, work.stage] > 0, "a stage with work starves"
+            promised = work.items / placement.seconds[work.job]
+            assert by_stage[work.job, work.stage] >= promised * (1 - 1e-5)
+    for job, seconds in placement.seconds.items():
+        assert seconds > 0 and placement.bound_seconds[job] > 0
+
+
+@given(works(jobs=1, most=3, load=st.just(0.0)), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_never_worse_than_any_split_into_whole_workers(load: list[StageWork], count: int) -> None:
+    devices = [Device(f"w{number}", "fast", 8) for number in range(count)]
+    best = math.inf
+    for split in itertools.product(range(len(load)), repeat=count):
+        rates = [0.0] * len(load)
+        for stage in split:
+            rates[stage] += 1 / min(option.seconds_per_item for option in load[stage].options["fast"])
+        best = min(best, max(w.items / rate if rate else math.inf for w, rate in zip(load, rates, strict=True)))
+    assert place(load, devices).seconds["job 0"] <= best * (1 + 1e-6)
+
+
+@given(works(jobs=1, most=3, load=st.just(0.0)), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_whole_models_that_fit_are_never_beaten_by_what_is_chosen(load: list[StageWork], count: int) -> None:
+    devices = [Device(f"w{number}", "fast", 100) for number in range(count)]
+    item_seconds = sum(min(option.seconds_per_item for option in work.options["fast"]) for work in load)
+    placement = place(load, devices)
+    assert math.isclose(placement.seconds["job 0"], load[0].items * item_seconds / count, rel_tol=1e-4)
+
+
+@given(works(jobs=1, load=st.just(0.0)), fleets(), st.tuples(st.sampled_from(CLASSES), st.integers(3, 8)))
+@settings(max_examples=60, deadline=None)
+def test_a_worker_more_is_never_slower(load: list[StageWork], devices: list[Device], more: tuple[str, int]) -> None:
+    before = place(load, devices)
+    after = place(load, [*devices, Device("more", *more)])
+    for job, seconds in before.seconds.items():
+        if len(after.impossible) == len(before.impossible):
+            assert after.seconds[job] <= seconds * 1.001
+
+
+@given(works(), fleets())
+@settings(max_examples=60, deadline=None)
+def test_once_placed_nothing_moves(load: list[StageWork], devices: list[Device]) -> None:
+    first = place(load, devices)
+    again = place(load, present(devices, first))
+    if again.policy not in ("as it is", "none"):
+        assert again.score > again.stay_score * 1.03
+        third = place(load, present(devices, again))
+        assert third.policy == "as it is" or third.score > third.stay_score * 1.03
+    assert again.score >= first.score * (1 - 1e-6)
+
+
+def test_no_workers_no_work_and_nothing_possible() -> None:
+    work = StageWork("a", "denoise", 10, {"fast": [Option(1.0, 1, {"dit": 10})]})
+    assert place([work], []).roles == {}
+    assert place([], [Device("w")]).roles == {"w": ()}
+    placement = place([work], [Device("small", "fast", 5)])
+    assert placement.impossible == (("a", "denoise"),) and placement.roles == {"small": ()}
+
+
+def test_a_single_worker_has_every_stage() -> None:
+    load = [StageWork("a", stage, 100, {"cpu": [Option(1.0, 1, {stage: 1}, 0, 2.0)]}) for stage in STAGES]
+    placement = place(load, [Device("only", "cpu", 1)])
+    assert {role.stage for role in placement.roles["only"]} == set(STAGES)
+    assert math.isclose(sum(role.share for role in placement.roles["only"]), 1, rel_tol=0.05)
+
+
+def test_streaming_beats_short_turns_and_long_turns_beat_streaming() -> None:
+    def chosen(ahead: float) -> bool:
+        load = [
+            StageWork(
+                "a",
+                stage,
+                1000,
+                {"gpu": [Option(1.0, 4, {stage: 9}, 1, 5.0), Option(1.1, 4, {}, 3, 0.0, streamed=True)]},
+                ahead_items=ahead,
+            )
+            for stage in ("encode", "denoise")
+        ]
+        return any(role.option.streamed for role in place(load, [Device("gpu", "gpu", 12)]).roles["gpu"])
+
+    assert chosen(10) and not chosen(1000)
+
+
+def test_weights_divide_the_fleet() -> None:
+    load = [StageWork(job, "denoise", 1000, {"cpu": [Option(1.0)]}, weight) for job, weight in (("a", 1.0), ("b", 3.0))]
+    placement = place(load, [Device(f"w{number}") for number in range(8)])
+    shares: dict[str, float] = defaultdict(float)
+    for roles in placement.roles.values():
+        for role in roles:
+            shares[role.job] += role.share
+    assert math.isclose(shares["a"], 2, abs_tol=0.1) and math.isclose(shares["b"], 6, abs_tol=0.1)
+
+
+def test_slow_workers_get_what_they_are_least_slow_at() -> None:
+    flow = best_flow([Group(1, {0: 1.0, 1: 1.0}), Group(1, {0: 10.0, 1: 1.5})], [Demand("a", 10), Demand("a", 10)])
+    assert flow.shares[1].get(0, 0.0) == 0.0
+
+
+def test_a_small_gain_moves_nobody() -> None:
+    def load(denoise: float) -> list[StageWork]:
+        seconds = {"encode": 1.0, "denoise": denoise}
+        return [
+            StageWork("a", stage, 10_000, {"cpu": [Option(value, 1, {stage: 1}, 0, 1.0)]})
+            for stage, value in seconds.items()
+        ]
+
+    devices = [Device(f"w{number}", "cpu", 1) for number in range(8)]
+    devices = present(devices, place(load(3.0), devices))
+    assert place(load(3.05), devices).policy == "as it is"
+    assert place(load(1.0), devices).policy != "as it is"
