@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dfdask.errors import RunNotFoundError, StorageError
 from dfdask.store_check import Damage, check_columns, check_shard
 from dfdask.store_create import ROOT_KEY, create_run
+from dfdask.store_events import event_log, read_events
 from dfdask.store_layout import (
     FAILED,
     OK,
@@ -247,6 +248,17 @@ class RunStore:
         with storage_errors(f"cannot write {name} of {self.location}"):
             self._objects.put(f"report/{name}", data)
         return f"{self.location}/report/{name}"
+
+    def append_events(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Keep what happened (``Event.as_dict()``) beside the data; where that fails, warn. See ``store_events``."""
+        event_log(self.location).append(events)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, by time: ``Event.as_dict()``, or sums of many, whose ``events`` says how many they stand for.
+
+        Objects that cannot be read are left out with a warning. Raises StorageError.
+        """
+        return read_events(self._objects)
 
     @property
     def _objects(self) -> Objects:

@@ -18,7 +18,7 @@ PENDING, OK, FAILED = 0, 1, 2
 """The values of ``status``."""
 
 STATUS_MEANINGS = ("pending", "ok", "failed")
-RESERVED_NAMES = frozenset({"image", "video", "status", "error", "commits", "report"})
+RESERVED_NAMES = frozenset({"image", "video", "status", "error", "commits", "report", "events"})
 _CHUNK_BYTES = 1 << 20
 _MAX_CHUNK_BYTES = 4 << 20
 _COLUMN_CHUNK_ROWS = 1024

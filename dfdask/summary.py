@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dfdask.store_events import is_event
 from dfdask.words import clipped, count, duration, percent, printable, size
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _stored_bytes(store: RunStore) -> int:
     import obstore
 
     listing = obstore.list(store.location.object_store())
-    return sum(int(entry["size"]) for page in listing for entry in page)
+    return sum(int(entry["size"]) for page in listing for entry in page if not is_event(entry["path"]))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

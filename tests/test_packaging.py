@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
         *("cost", "fluid", "placement", "dispatch", "controller"),
     },
     "storage": {
-        *("store", "store_check", "store_create", "store_layout", "store_objects"),
+        *("store", "store_check", "store_create", "store_events", "store_layout", "store_objects"),
         *("targets", "target_files", "prompts", "prompt_files"),
     },
     "models": {"stages", "bundled"},
