@@ -174,15 +174,26 @@ def scheduler(host: str, port: int, dashboard_address: str) -> None:
 
 @main.command()
 @click.argument("address")
-@click.option("--stages", metavar="NAME,NAME", help="The stages that these workers run [default: all].")
+@click.option(
+    "--stages", metavar="NAME,NAME", help="Bind these workers to stages [default: what there is to do, as it changes]."
+)
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def worker(address: str, stages: str | None, count: int, device: Literal["auto", "cpu", "cuda"]) -> None:
+@click.option("--device-class", metavar="NAME", help="What the workers compute on, e.g. h100 [default: found out].")
+@click.option("--memory", metavar="BYTES", help="Device memory that they may use, e.g. 24GB [default: all of it].")
+def worker(
+    address: str,
+    stages: str | None,
+    count: int,
+    device: Literal["auto", "cpu", "cuda"],
+    device_class: str | None,
+    memory: str | None,
+) -> None:
     """Start workers for the scheduler at ADDRESS. Ctrl-C ends them."""
-    names = _stage_names(stages)
+    names, size = _stage_names(stages), _bytes(memory)
     from dfdask.cluster import run_worker
 
-    run_worker(address, stages=names, count=count, device=device)
+    run_worker(address, names, count, device, device_class, size)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:
@@ -239,6 +250,20 @@ def _stage_names(text: str | None) -> list[str] | None:
     if not all(names) or len(set(names)) < len(names):
         raise SpecError(f"--stages: must be different names, got {text!r}; write e.g. encode,decode")
     return names
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from dask.utils import parse_bytes
+
+    try:
+        size = int(parse_bytes(text))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise SpecError(f"--memory: must be a size above 0, got {text!r}; write e.g. 24GB")
+    return size
 
 
 def _sheet(store: RunStore) -> str | None:

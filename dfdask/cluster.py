@@ -15,8 +15,9 @@ from typing import Any
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.gate import Gate, role_resources
+from dfdask.gate import Gate
 from dfdask.spec import WorkerGroup
+from dfdask.tags import worker_resources
 
 SETTINGS: Mapping[str, Any] = {
     # Stage tasks are placed by the gate; stealing would only walk all workers for each of them.
@@ -46,7 +47,7 @@ class LocalFleet:
         specification: dict[int, dict[str, Any]] = {}
         for group in groups:
             for _ in range(group.count):
-                resources = role_resources(group.stages or ())
+                resources = worker_resources(group.stages or (), group.device_class, group.memory)
                 name = len(specification)
                 specification[name] = {"cls": Nanny, "options": {**options, "resources": resources}}
         scheduler = {
@@ -101,10 +102,19 @@ def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
     _serve(serve)
 
 
-def run_worker(address: str, stages: Sequence[str] | None, count: int, device: str) -> None:
+def run_worker(
+    address: str,
+    stages: Sequence[str] | None,
+    count: int,
+    device: str,
+    device_class: str | None = None,
+    memory_bytes: int | None = None,
+) -> None:
     """Run ``count`` worker processes until SIGINT or SIGTERM, or until the scheduler goes away.
 
-    A worker process that dies is started again. Raises ClusterError where no scheduler answers.
+    They are tagged with the ``stages`` that they are bound to (None: the gate decides), their ``device_class`` and the
+    ``memory_bytes`` that they may use on it. A worker process that dies is started again. Raises ClusterError where
+    no scheduler answers.
     """
     from distributed import Nanny
 
@@ -115,7 +125,7 @@ def run_worker(address: str, stages: Sequence[str] | None, count: int, device: s
                 address,
                 nthreads=1,
                 memory_limit=0,
-                resources=role_resources(stages or ()),
+                resources=worker_resources(stages or (), device_class, memory_bytes),
                 env={"DFDASK_DEVICE": device},
                 death_timeout=60,
             )

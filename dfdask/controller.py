@@ -6,17 +6,24 @@ Pure: the gate tells it what happens and carries out its decisions, and so does 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dfdask.cost import CostModel, TaskWork
 from dfdask.dispatch import Kind, Seat
 from dfdask.placement import MARGIN, Device, Option, Placement, StageWork, place
+from dfdask.stragglers import STEP, Stragglers
+
+ANY_CLASS = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """A stage of a job: bytes that its components keep on a device, and seconds to bring them there, by class."""
+    """A stage of a job: bytes that its components keep on a device, and seconds to bring them there, by class.
+
+    Seconds for ``ANY_CLASS`` hold where a class has none of its own.
+    """
 
     name: str
     weights: Mapping[str, int] = field(default_factory=dict)
@@ -39,10 +46,26 @@ class JobFacts:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Roles that changed, and the numbers that made it."""
+    """Roles that changed, and the numbers that made it. ``shares`` of all workers' time by kind, helpers with 0."""
 
     seats: dict[str, Seat]
+    shares: dict[str, dict[Kind, float]]
     placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceKind:
+    """Devices that are alike in what they may run and how fast."""
+
+    device_class: str
+    level: int = 0
+    only: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        slow = f" x{math.exp(self.level * STEP):.2f}" if self.level else ""
+        only = f" for {','.join(sorted(self.only))}" if self.only else ""
+        return f"{self.device_class}{slow}{only}"
 
 
 class Controller:
@@ -54,7 +77,11 @@ class Controller:
         self._jobs: dict[str, JobFacts] = {}
         self._left: dict[Kind, int] = {}
         self._devices: dict[str, Device] = {}
+        self._kinds: dict[str, _DeviceKind] = {}
         self._seats: dict[str, Seat] = {}
+        self._stragglers = Stragglers()
+        self._loads: dict[tuple[str, str, str], float] = {}
+        self._ahead: dict[Kind, float] = {}
 
     def add_job(self, job: JobFacts) -> None:
         self._jobs[job.name] = job
@@ -65,70 +92,131 @@ class Controller:
         job = self._jobs.pop(name, None)
         for stage in job.stages if job else ():
             del self._left[name, stage.name]
+            self._ahead.pop((name, stage.name), None)
 
-    def add_device(self, device: Device) -> None:
-        """A worker came, or its device holds something else now."""
-        old = self._devices.get(device.name)
+    @property
+    def jobs(self) -> Mapping[str, JobFacts]:
+        return self._jobs
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a worker must change what it holds between its own stages."""
+        return any(seat.turns for seat in self._seats.values())
+
+    def add_device(self, device: Device, only: frozenset[str] = frozenset()) -> None:
+        """A worker came; it may run ``only`` those stages where there are any."""
         self._devices[device.name] = device
-        if old is None:
-            self._seats[device.name] = Seat()
+        self._kinds[device.name] = _DeviceKind(device.device_class, 0, only)
+        self._seats.setdefault(device.name, Seat(()))
 
     def remove_device(self, name: str) -> None:
         self._devices.pop(name, None)
+        self._kinds.pop(name, None)
         self._seats.pop(name, None)
+        self._stragglers.forget(name)
 
     def holds(self, name: str, components: frozenset[str]) -> None:
         """What a worker has on its device now."""
-        device = self._devices[name]
-        if device.holds != components:
-            self._devices[name] = Device(name, device.device_class, device.memory_bytes, components, device.runs)
+        device = self._devices.get(name)
+        if device is not None and device.holds != components:
+            self._devices[name] = replace(device, holds=components)
 
-    def finished(self, kind: Kind, items: int, device: str, seconds: float) -> None:
-        """A task ended well; ``seconds`` of its device, loads and transfers left out."""
-        if kind in self._left:
+    def finished(
+        self, kind: Kind, items: int, device: str, seconds: float, load_seconds: float = 0.0, again: bool = False
+    ) -> float:
+        """A task ended well; ``seconds`` of its device, loads and transfers left out. Returns what was predicted.
+
+        ``again``: its items were counted before, and their results lost.
+        """
+        if kind not in self._left:
+            return math.nan
+        if not again:
             self._left[kind] = max(self._left[kind] - items, 0)
-            job, worker = self._jobs[kind[0]], self._devices.get(device)
-            if worker is not None:
-                self.costs.observe(job.model, kind[1], worker.device_class, TaskWork(items), seconds)
+        job, worker = self._jobs[kind[0]], self._kinds.get(device)
+        if worker is None:
+            return math.nan
+        factor = self._stragglers.factor(device)
+        work = TaskWork(items)
+        predicted = self.costs.predict(job.model, kind[1], worker.device_class, work).seconds * factor
+        self.costs.observe(job.model, kind[1], worker.device_class, work, seconds / factor)
+        if items:
+            self._stragglers.observe((job.model, kind[1], worker.device_class), device, seconds / items)
+        if load_seconds > 0:
+            key = job.model, kind[1], worker.device_class
+            known = self._loads.get(key, load_seconds)
+            self._loads[key] = known + 0.5 * (load_seconds - known)
+        return predicted
 
     def left(self, kind: Kind) -> int:
         """Items that have not finished the stage."""
         return self._left.get(kind, 0)
 
+    def at_least_left(self, kind: Kind, items: int) -> None:
+        """So many are ready or running, whatever was counted: results that were lost are made again."""
+        if kind in self._left:
+            self._left[kind] = max(self._left[kind], items)
+
+    def set_ahead(self, kind: Kind, items: float) -> None:
+        """How many results of a stage may wait for the next one, now that their size is known."""
+        self._ahead[kind] = items
+
     def decide(self) -> Decision:
-        """Roles for now. Only those that change are in the decision."""
-        placement = place(self.work(), list(self._devices.values()), self._margin)
-        changed = {}
+        """Roles for now. Only those that change are among the decision's seats."""
+        self._judge_speeds()
+        placement = place(self.work(), self._devices_by_kind(), self._margin)
+        changed, shares = {}, {}
         for name, roles in placement.roles.items():
             seat = self._seat(name, placement)
+            shares[name] = {(role.job, role.stage): role.share for role in roles}
             own = tuple((role.job, role.stage) for role in roles if role.share > 0)
             if seat != self._seats[name]:
                 changed[name] = self._seats[name] = seat
-            device = self._devices[name]
-            if set(own) != set(device.runs):
-                self._devices[name] = Device(name, device.device_class, device.memory_bytes, device.holds, own)
-        return Decision(changed, placement)
+            if set(own) != set(self._devices[name].runs):
+                self._devices[name] = replace(self._devices[name], runs=own)
+        return Decision(changed, shares, placement)
 
     def work(self) -> list[StageWork]:
         """What is left, with the present beliefs of what it costs."""
-        classes = {device.device_class for device in self._devices.values()}
+        kinds = set(self._kinds.values())
         return [
             StageWork(
                 job.name,
                 stage.name,
                 self._left[job.name, stage.name],
-                {kind: self._options(job, stage, kind) for kind in classes},
+                {kind.name: self._options(job, stage, kind) for kind in kinds},
                 job.weight,
-                stage.ahead_items,
+                self._ahead.get((job.name, stage.name), stage.ahead_items),
             )
             for job in self._jobs.values()
             for stage in job.stages
         ]
 
-    def _options(self, job: JobFacts, stage: StageFacts, device_class: str) -> Sequence[Option]:
-        predicted = self.costs.predict(job.model, stage.name, device_class, TaskWork(job.batch))
-        load = stage.load_seconds.get(device_class, 0.0)
-        return [Option(predicted.seconds / job.batch, job.batch, stage.weights, stage.working_bytes, load)]
+    def seconds_per_item(self, kind: Kind, device_class: str) -> float:
+        """As believed now, in batches of the job's size."""
+        job = self._jobs[kind[0]]
+        return self.costs.predict(job.model, kind[1], device_class, TaskWork(job.batch)).seconds / job.batch
+
+    def item_cost(self, kind: Kind) -> float:
+        """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share."""
+        classes = Counter(device.device_class for device in self._devices.values()).most_common(1)
+        return self.seconds_per_item(kind, classes[0][0] if classes else "") / self._jobs[kind[0]].weight
+
+    def _judge_speeds(self) -> None:
+        for name, kind in self._kinds.items():
+            level = self._stragglers.level(name)
+            if kind.level != level:
+                self._kinds[name] = replace(kind, level=level)
+
+    def _devices_by_kind(self) -> list[Device]:
+        return [replace(device, device_class=self._kinds[name].name) for name, device in self._devices.items()]
+
+    def _options(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> Sequence[Option]:
+        if kind.only and stage.name not in kind.only:
+            return ()
+        seconds = self.seconds_per_item((job.name, stage.name), kind.device_class) * math.exp(kind.level * STEP)
+        usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
+        load = self._loads.get((job.model, stage.name, kind.device_class), usual)
+        return [Option(seconds, job.batch, stage.weights, stage.working_bytes, load)]
 
     def _seat(self, name: str, placement: Placement) -> Seat:
         roles = placement.roles[name]

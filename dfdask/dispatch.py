@@ -1,7 +1,8 @@
 """Which ready task goes to which worker next: the gate's rules without Dask and without a clock.
 
 A worker has roles: stages of its own, and stages that it helps with when nothing of its own is ready. One that
-cannot hold all its own stages takes turns: it keeps to one until nothing of that is left to do.
+cannot hold all its own stages takes turns: it keeps to one until nothing of that is left to do. Jobs share workers
+by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the job that got the least for its weight is next.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Assignment:
 class Dispatcher:
     """Ready tasks by kind, and workers by what they may run now and how much they have to do.
 
-    Workers of the same abilities are kept by load: finding one does not take longer in a large fleet.
+    Workers of the same abilities are kept by load: finding one does not take longer in a large fleet. A task that is
+    suspected of killing workers runs ``alone``: on a worker that was kept free for it, so that no other is blamed.
     """
 
     def __init__(self, depth: int = 2) -> None:
@@ -47,7 +49,9 @@ class Dispatcher:
         self._turn: dict[str, Kind | None] = {}
         self._held: dict[str, dict[Hashable, None]] = {}
         self._paused: set[str] = set()
-        self._turners: dict[str, None] = {}
+        self._idle_turners: dict[str, None] = {}
+        self._alone: set[Hashable] = set()
+        self._kept_for: dict[str, Hashable] = {}  # workers that get nothing but this task
         self._free: dict[_Ability, list[dict[str, None]]] = {}
         self._ready: dict[Kind, list[tuple[Any, Hashable]]] = defaultdict(list)
         self._queued: dict[Hashable, tuple[Kind, int]] = {}
@@ -57,6 +61,8 @@ class Dispatcher:
         self._stock: dict[Kind, int] = defaultdict(int)
         self._next: dict[Kind, Kind] = {}
         self._limits: dict[Kind, float] = {}
+        self._item_cost: dict[Kind, float] = {}
+        self._served: dict[str, float] = {}
 
     # -- workers
 
@@ -64,8 +70,6 @@ class Dispatcher:
         """A worker came, or came back without anything."""
         self.leave(worker)
         self._seats[worker], self._turn[worker], self._held[worker] = seat, None, {}
-        if seat.turns:
-            self._turners[worker] = None
         self._shelve(worker)
 
     def leave(self, worker: str) -> list[Hashable]:
@@ -74,11 +78,12 @@ class Dispatcher:
             return []
         self._unshelve(worker)
         self._paused.discard(worker)
-        self._turners.pop(worker, None)
+        self._kept_for.pop(worker, None)
         lost = list(self._held.pop(worker))
         for key in lost:
             kind, items, _ = self._placed.pop(key)
             self._running_items[kind] -= items
+            self._alone.discard(key)
         del self._seats[worker], self._turn[worker]
         return lost
 
@@ -89,9 +94,6 @@ class Dispatcher:
             self._seats[worker] = seat
             if not seat.turns or self._turn[worker] not in (seat.own or ()):
                 self._turn[worker] = None
-            self._turners.pop(worker, None)
-            if seat.turns:
-                self._turners[worker] = None
             self._shelve(worker)
 
     def pause(self, worker: str, paused: bool = True) -> None:
@@ -105,24 +107,51 @@ class Dispatcher:
         """The stage that a worker which takes turns is at."""
         return self._turn[worker]
 
+    def held(self, worker: str) -> tuple[Hashable, ...]:
+        """The tasks that a worker has, in the order in which they were placed."""
+        return tuple(self._held.get(worker, ()))
+
+    def is_blocked(self, worker: str) -> bool:
+        """Whether something of the worker's own is ready that may not start: too many results wait."""
+        own = self._seats[worker].own
+        kinds = self._ready_items if own is None else own
+        return any(self._ready_items.get(kind, 0) > 0 and self.allowed_items(kind) <= 0 for kind in kinds)
+
     # -- tasks
 
     def follow(self, kind: Kind, following: Kind, limit_items: float = math.inf) -> None:
         """Results of ``kind`` wait for ``following``: at most ``limit_items``, running ones included."""
         self._next[kind], self._limits[kind] = following, limit_items
 
-    def push(self, kind: Kind, order: Any, key: Hashable, items: int) -> None:
-        """A task is ready; smaller ``order`` goes first."""
+    def weigh(self, kind: Kind, cost: float) -> None:
+        """What an item of ``kind`` counts for in its job's fair share: its seconds over the job's weight."""
+        self._item_cost[kind] = cost
+
+    def push(self, kind: Kind, order: Any, key: Hashable, items: int, alone: bool = False) -> None:
+        """A task is ready; smaller ``order`` goes first. ``alone``: no other on its worker beside it."""
         if key not in self._queued:
+            self._catch_up(kind[0])
             self._queued[key] = kind, items
             self._ready_items[kind] += items
             heapq.heappush(self._ready[kind], (order, key))
+            if alone:
+                self._alone.add(key)
 
     def drop(self, key: Hashable) -> None:
         """A task that was ready is not any more."""
         if key in self._queued:
             kind, items = self._queued.pop(key)
             self._ready_items[kind] -= items
+            self._not_alone(key)
+
+    def forget(self, job: str) -> None:
+        """A job ended: nothing of it is ready or running any more."""
+        for table in (self._ready, self._ready_items, self._running_items, self._stock, self._next, self._limits):
+            for kind in [kind for kind in table if kind[0] == job]:
+                del table[kind]
+        for kind in [kind for kind in self._item_cost if kind[0] == job]:
+            del self._item_cost[kind]
+        self._served.pop(job, None)
 
     def done(self, key: Hashable, finished: bool) -> None:
         """A placed task left its worker. ``finished``: with a result that waits for the next stage."""
@@ -132,6 +161,7 @@ class Dispatcher:
             self._unshelve(worker)
             self._held[worker].pop(key, None)
             self._shelve(worker)
+            self._not_alone(key)
             if finished and kind in self._next:
                 self._stock[kind] += items
 
@@ -141,6 +171,18 @@ class Dispatcher:
 
     def ready_items(self, kind: Kind) -> int:
         return self._ready_items[kind]
+
+    def running_items(self, kind: Kind) -> int:
+        """Items of tasks that are assigned to workers."""
+        return self._running_items[kind]
+
+    def limit_items(self, kind: Kind) -> float:
+        """How many results of ``kind`` may wait."""
+        return self._limits.get(kind, math.inf)
+
+    def has_work(self, job: str) -> bool:
+        """Whether anything of ``job`` is ready or assigned."""
+        return any(self._ready_items[kind] or self._running_items[kind] for kind in self._kinds(job))
 
     def allowed_items(self, kind: Kind) -> float:
         """How many items may start now without too many results waiting."""
@@ -166,20 +208,73 @@ class Dispatcher:
 
     def _round(self, holders: Callable[[Hashable], Mapping[str, int]], own: bool) -> list[Assignment]:
         found = []
-        kinds = [kind for kind, heap in self._ready.items() if self._peek(heap) is not None]
-        for kind in sorted(kinds, key=lambda kind: self._ready[kind][0][0]):
-            heap = self._ready[kind]
-            able = [ability for ability in self._free if (ability.owns(kind) if own else kind in ability.helps)]
-            # Those with the fewest abilities first: others are left for what only they can do.
-            able.sort(key=_Ability.breadth)
-            while able and (key := self._peek(heap)) is not None and self._may_start(kind, self._queued[key][1]):
-                worker = self._least_loaded(able, holders(key))
-                if worker is None:
-                    break
-                heapq.heappop(heap)
-                self._place(key, worker)
-                found.append(Assignment(key, kind, worker))
+        waiting: dict[str, list[tuple[Any, Kind, list[_Ability]]]] = defaultdict(list)
+        for kind, heap in self._ready.items():
+            if self._peek(heap) is not None:
+                able = [ability for ability in self._free if (ability.owns(kind) if own else kind in ability.helps)]
+                # Those with the fewest abilities first: others are left for what only they can do.
+                able.sort(key=_Ability.breadth)
+                waiting[kind[0]].append((heap[0][0], kind, able))
+        for kinds in waiting.values():
+            kinds.sort(key=lambda entry: entry[0], reverse=True)
+        while waiting:
+            job = min(waiting, key=lambda name: self._served.get(name, 0.0))
+            _, kind, able = waiting[job][-1]
+            placed = self._place_first(kind, able, holders)
+            if placed is not None:
+                found.append(placed)
+            else:
+                waiting[job].pop()
+                if not waiting[job]:
+                    del waiting[job]
         return found
+
+    def _place_first(
+        self, kind: Kind, able: Iterable[_Ability], holders: Callable[[Hashable], Mapping[str, int]]
+    ) -> Assignment | None:
+        """Place the first ready task of ``kind``; None where it must wait."""
+        key = self._peek(self._ready[kind])
+        if key is None or not self._may_start(kind, self._queued[key][1]):
+            return None
+        worker = self._emptied_for(key, able) if key in self._alone else self._least_loaded(able, holders(key))
+        if worker is None:
+            return None
+        heapq.heappop(self._ready[kind])
+        self._served[kind[0]] = self._served.get(kind[0], 0.0) + self._item_cost.get(kind, 1.0) * self._queued[key][1]
+        self._place(key, worker)
+        return Assignment(key, kind, worker)
+
+    def _emptied_for(self, key: Hashable, able: Iterable[_Ability]) -> str | None:
+        """The worker kept for ``key`` once it has nothing else to do; one is chosen where there is none."""
+        worker = next((name for name, kept in self._kept_for.items() if kept == key), None)
+        if worker is None:
+            worker = self._least_loaded(able, {})
+            if worker is None:
+                return None
+            self._unshelve(worker)
+            self._kept_for[worker] = key
+            self._shelve(worker)
+        return None if self._held[worker] else worker
+
+    def _not_alone(self, key: Hashable) -> None:
+        self._alone.discard(key)
+        for worker in [name for name, kept in self._kept_for.items() if kept == key]:
+            self._unshelve(worker)
+            del self._kept_for[worker]
+            self._shelve(worker)
+
+    def _catch_up(self, job: str) -> None:
+        """A job that had nothing to do has saved up no claim on the time of the others."""
+        if not self.has_work(job):
+            others = [
+                self._served.get(kind[0], 0.0)
+                for kind in self._ready_items
+                if kind[0] != job and (self._ready_items[kind] or self._running_items[kind])
+            ]
+            self._served[job] = max(self._served.get(job, 0.0), min(others, default=0.0))
+
+    def _kinds(self, job: str) -> list[Kind]:
+        return [kind for kind in self._ready_items if kind[0] == job]
 
     def _may_start(self, kind: Kind, items: int) -> bool:
         # The first batch always may, or a batch larger than the limit would never run.
@@ -214,9 +309,7 @@ class Dispatcher:
     def _change_turns(self) -> bool:
         """Workers that have nothing left to do at their turn go on to where most work waits."""
         changed = False
-        for worker in self._turners:
-            if self._held[worker] or worker in self._paused:
-                continue
+        for worker in list(self._idle_turners):
             own = self._seats[worker].own or ()
             best = max(own, key=lambda kind: (self.startable_items(kind), own.index(kind)), default=None)
             if best is not None and best != self._turn[worker] and self.startable_items(best) > 0:
@@ -237,14 +330,20 @@ class Dispatcher:
             return _Ability((turn,) if turn else (), ())
         return _Ability(seat.own, seat.helps)
 
+    def _level(self, worker: str) -> int:
+        return self.depth if worker in self._kept_for else min(len(self._held[worker]), self.depth)
+
     def _shelve(self, worker: str) -> None:
         levels = self._free.setdefault(self._ability(worker), [{} for _ in range(self.depth + 1)])
-        levels[min(len(self._held[worker]), self.depth)][worker] = None
+        levels[self._level(worker)][worker] = None
+        if self._seats[worker].turns and self._level(worker) == 0 and worker not in self._paused:
+            self._idle_turners[worker] = None
 
     def _unshelve(self, worker: str) -> None:
+        self._idle_turners.pop(worker, None)
         ability = self._ability(worker)
         levels = self._free[ability]
-        levels[min(len(self._held[worker]), self.depth)].pop(worker, None)
+        levels[self._level(worker)].pop(worker, None)
         if not any(levels):
             del self._free[ability]
 

@@ -5,20 +5,23 @@ The driver keeps no state that matters: what is done is what the store says.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.batching import micro_batches, shard_range
-from dfdask.errors import ClusterError, DfdaskError, JobStopped
+from dfdask.controller import ANY_CLASS
+from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
 from dfdask.events import ShardCommitted
-from dfdask.gate import NAME, WRITE, Gate, stage_resource, task_key
+from dfdask.gate import NAME, WRITE, Gate
 from dfdask.prompts import ItemTable
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
+from dfdask.tags import stage_resource, task_key
 from dfdask.worker import Preload, inspect_here, run_stage, write_shard
 
 if TYPE_CHECKING:
@@ -27,16 +30,22 @@ if TYPE_CHECKING:
     from dfdask.items import Item
     from dfdask.stages.check import Inspected
 
-WINDOW_PER_WORKER = 6  # micro-batches in flight: three times the two that the gate assigns
 POLL_SECONDS = 0.5
+EVENTS_SECONDS = 10.0  # between two looks at what happened on the cluster
 PATIENCE_SECONDS = 60.0  # without a worker for a stage
 LOST_SECONDS = 15.0  # without an answer from the scheduler
+LOAD_BYTES_PER_SECOND = 2e9  # from a warm file to a device
+UNWRITABLE = "its output cannot be written"
 STOP_SECONDS = 10.0  # that running shards get to finish in when the job is stopped
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All that a driver needs to know of a job. ``token`` names the run in task keys."""
+    """All that a driver needs to know of a job. ``token`` names the run in task keys.
+
+    ``cost_key`` is what its costs are learnt by; ``weights`` are the bytes of each stage's components; ``priority`` is
+    its part of the workers' time in relation to other jobs.
+    """
 
     ref: ModelRef
     stages: tuple[str, ...]
@@ -46,6 +55,9 @@ class Work:
     shards: tuple[int, ...]
     token: str
     provenance: dict[str, Any]
+    cost_key: str
+    weights: Mapping[str, Mapping[str, int]]
+    priority: float = 1.0
 
 
 class Driver:
@@ -66,7 +78,9 @@ class Driver:
         self._should_stop = should_stop
         self._finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._flying: dict[Future[Any], int] = {}  # micro-batches of the shard that each receipt stands for
-        self._workers = 1
+        self._window = 1
+        self._next_event = 0
+        self._events_taken = 0.0
         self._answered = self._covered = time.monotonic()
         self._polled = 0.0
 
@@ -80,7 +94,9 @@ class Driver:
         if self._work.ref.fake is None:
             self._client.register_plugin(Preload())
         todo = iter(self._work.shards)
+        reason = "failed"
         try:
+            self._announce()
             self._poll()
             self._submit(todo)
             while self._flying:
@@ -89,19 +105,26 @@ class Driver:
                 self._collect(POLL_SECONDS)
                 self._poll()
                 self._submit(todo)
+            reason = "finished"
+        except JobStopped:
+            reason = "stopped"
+            raise
+        except StorageError:
+            reason = UNWRITABLE
+            raise
         except OSError:  # a connection broke in the middle of a call; nothing here reads or writes files
             raise _lost() from None
         finally:
+            self._take_leave(reason)
             for future in self._flying:
                 future.release()
             self._flying.clear()
 
     def _submit(self, shards: Iterator[int]) -> None:
         """Fill the window, all new shards in one graph."""
-        window = WINDOW_PER_WORKER * self._workers
         flying = sum(self._flying.values())
         graph = _Graph(self._work)
-        while flying < window or len(self._flying) + len(graph.receipts) < 2:
+        while flying < self._window or len(self._flying) + len(graph.receipts) < 2:
             shard = next(shards, None)
             if shard is None:
                 break
@@ -142,23 +165,79 @@ class Driver:
             return
         self._polled = now
         try:
-            ask: Any = self._client.scheduler
-            state = self._client.sync(ask.dfdask_progress, run=self._work.token, callback_timeout=LOST_SECONDS)
+            state = self._ask("dfdask_progress", run=self._work.token)
+            if now - self._events_taken > EVENTS_SECONDS:
+                self._keep_events()
         except (OSError, TimeoutError, AttributeError):
             if now - self._answered > LOST_SECONDS or self._client.status == "closed":
                 raise _lost() from None
             return
         self._answered = now
-        self._workers = max(int(state["workers"]), 1)
-        missing = [] if state["any"] else [name for name in self._work.stages if not state["roles"].get(name)]
+        self._window = int(state["window"])
+        missing = [name for name in self._work.stages if name in state["unserved"]]
+        if not state["workers"]:
+            missing = list(self._work.stages)
         if not missing:
             self._covered = now
         elif now - self._covered > PATIENCE_SECONDS:
+            address = self._client.scheduler.address if self._client.scheduler else "SCHEDULER"
             raise ClusterError(
                 f"no workers for {', '.join(missing)} in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker "
-                f"{ask.address} --stages {','.join(missing)}"
+                f"{address} --stages {','.join(missing)}"
             )
         self._on_cluster(state)
+
+    def _ask(self, handler: str, **arguments: Any) -> Any:
+        """What the gate answers."""
+        call = getattr(self._client.scheduler, handler)
+        return self._client.sync(call, **arguments, callback_timeout=LOST_SECONDS)
+
+    def _announce(self) -> None:
+        """Tell the gate what is about to be submitted."""
+        work, layout = self._work, self._work.store.layout
+        left = sum(len(shard_range(shard, layout.shard_items, layout.items)) for shard in work.shards)
+        stages = [
+            {
+                "name": stage,
+                "weights": dict(work.weights.get(stage, {})),
+                "load_seconds": {ANY_CLASS: _load_seconds(work, stage)},
+            }
+            for stage in work.stages
+        ]
+        self._next_event = self._ask(
+            "dfdask_start_job",
+            client=self._client.id,
+            job={
+                "run": work.token,
+                "name": work.store.location.name,
+                "output": str(work.store.location),
+                "model": work.cost_key,
+                "stages": stages,
+                "items": layout.items,
+                "items_left": left,
+                "committed_items": layout.items - left,
+                "failed_items": 0,
+                "batch": work.batch,
+                "weight": work.priority,
+            },
+        )
+
+    def _keep_events(self) -> None:
+        """Save beside the data what happened on the cluster since the last look."""
+        self._events_taken = time.monotonic()
+        found = self._ask("dfdask_events", number=self._next_event, run=self._work.token)
+        self._next_event = found["next"]
+        if found["events"]:
+            self._work.store.append_events(found["events"])
+
+    def _take_leave(self, reason: str) -> None:
+        """Close the books of the job. What cannot be said or saved any more is no loss to the data."""
+        if self._client.status != "running":
+            return
+        with contextlib.suppress(OSError, TimeoutError, AttributeError, StorageError):
+            self._ask("dfdask_end_job", run=self._work.token, reason=reason)
+            if reason != UNWRITABLE:
+                self._keep_events()
 
     def _stop(self) -> None:
         """Let the shards that are nearly done finish, drop the rest."""
@@ -237,6 +316,13 @@ def inspect_on_worker(client: Client, ref: ModelRef, samples: list[Item]) -> Ins
     if isinstance(found, DfdaskError):
         raise found
     return found
+
+
+def _load_seconds(work: Work, stage: str) -> float:
+    """A first guess at how long it takes to bring a stage's weights to a device; tasks will tell."""
+    if work.ref.fake is not None:
+        return work.ref.fake.load_seconds
+    return sum(work.weights.get(stage, {}).values()) / LOAD_BYTES_PER_SECOND
 
 
 def token_for(fingerprint: str, output: str) -> str:

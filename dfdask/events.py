@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 Phase = Literal["preparing", "running", "stopping", "finished", "stopped", "failed"]
@@ -140,8 +141,10 @@ class Event:
     when: float
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, with the event's kind."""
-        return {"event": type(self).__name__, **asdict(self)}
+        """JSON-able, with the event's kind; numbers that are not finite become None."""
+        values = asdict(self).items()
+        finite = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values}
+        return {"event": type(self).__name__, **finite}
 
 
 @dataclass(frozen=True, slots=True)

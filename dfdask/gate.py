@@ -2,44 +2,54 @@
 
 Stage tasks ask for the resource ``stage:<name>``, which no worker offers, so that Dask leaves them in its
 "no-worker" state. The gate assigns them, at most ``depth`` per worker, so that the inputs of the next task arrive
-while the current one runs. A worker's roles are its resources ``role:<stage>``; one without any runs all stages.
-Tasks of ``WRITE`` run beside computation and are placed where most of their bytes are.
+while the current one runs. Who goes where is the dispatcher's rule, which roles a worker has the controller's
+decision; a change of roles is a change of the gate's books and never touches what is assigned already. Tasks of
+``WRITE`` run beside computation and are placed where most of their bytes are.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from dfdask import views
+from dfdask.controller import Controller, JobFacts, StageFacts
+from dfdask.cost_file import load_costs, save_costs
+from dfdask.dispatch import Dispatcher, Kind, Seat
+from dfdask.events import (
+    ClusterState,
+    ItemQuarantined,
+    JobEnded,
+    JobStarted,
+    WorkerJoined,
+    WorkerLeft,
+)
+from dfdask.flow import Flow
+from dfdask.ledger import JobAccount, Ledger, WorkerAccount
+from dfdask.placement import Device
+from dfdask.quarantine import Quarantine
+from dfdask.roles import Roles
+from dfdask.stage_tasks import bytes_by_worker, home_of, kind_of, plain_key, stage_name, stage_wanted
+from dfdask.tags import read_tags, stage_resource
+from dfdask.telemetry import TELEMETRY, Telemetry
+
 if TYPE_CHECKING:
-    from distributed.scheduler import Scheduler, TaskState, WorkerState
+    from distributed.scheduler import Scheduler
 
 NAME = "dfdask-gate"
-STAGE = "stage:"
-ROLE = "role:"
 WRITE = "write"
-ANY_STAGE: frozenset[str] = frozenset()
-
-
-def stage_resource(stage: str) -> dict[str, float]:
-    """The resource that tasks of ``stage`` ask for and only the gate can satisfy."""
-    return {STAGE + stage: 1}
-
-
-def role_resources(stages: Iterable[str]) -> dict[str, float]:
-    """The resources that tag a worker with these roles."""
-    return {ROLE + stage: 1 for stage in stages}
-
-
-def task_key(stage: str, run: str, shard: int, index: int, items: int) -> tuple[str, int, int, int]:
-    """Dask's dashboard groups tasks by the first part; ``progress`` counts items by the last."""
-    return (f"{stage}-{run}", shard, index, items)
+BEGAN = "dfdask-item"
+"""The topic on which a worker says which item of a suspected batch it begins."""
+UNLIMITED_BYTES = 1 << 62
+STRANGER_SECONDS = 60.0
+DECIDE_SECONDS = 0.5
+"""How often roles are reconsidered while there is work: costs drift."""
 
 
 class Gate(SchedulerPlugin):
@@ -51,184 +61,334 @@ class Gate(SchedulerPlugin):
     def __init__(self, depth: int = 2) -> None:
         self.depth = depth
         self.seconds = 0.0
-        self._roles: dict[str, frozenset[str]] = {}
-        self._assigned: dict[str, set[Any]] = {}
-        # Workers of one role set by how many tasks they hold: a free one is found without a walk over all.
-        self._free: dict[frozenset[str], list[dict[str, None]]] = {}
-        self._ready: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-        self._placed: dict[Any, tuple[str, str]] = {}
-        self._done: dict[str, Counter[str]] = defaultdict(Counter)
-        self._counted: set[Any] = set()  # tasks of _done that Dask still knows: it may compute them again
+        self.dispatcher = Dispatcher(depth)
+        self.controller = Controller()
+        self.ledger = Ledger()
+        self.quarantine = Quarantine()
+        self.flow = Flow(self.dispatcher, self.controller, self.ledger)
+        self._telemetry = Telemetry(self.ledger, self.controller)
+        self._roles = Roles(self.dispatcher, self.controller, self.ledger)
+        self._placed: dict[Any, str] = {}  # writes too
+        self._writes: dict[Any, None] = {}
+        self._counted: set[Any] = set()  # done tasks that Dask still knows: it may compute them again
+        self._emptied: set[str] = set()
+        self._draining: set[str] = set()
+        self._ended: set[str] = set()
+        self._reasons: list[str] = []
         self._pump_is_due = False
+        self._decided = 0.0
+        self._decision_took = 0.0
+
+    @property
+    def events(self) -> Any:
+        """Numbered events of late, newest last."""
+        return self.ledger.events
 
     async def start(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        scheduler.handlers["dfdask_progress"] = self.progress
+        self.controller.costs.learn(load_costs())
+        scheduler.handlers.update(
+            {
+                "dfdask_start_job": self.start_job,
+                "dfdask_end_job": self.end_job,
+                "dfdask_progress": self.progress,
+                "dfdask_state": self.state_of_all,
+                "dfdask_events": self.events_since,
+                "dfdask_forecast": self.forecast,
+                "dfdask_drain": self.drain,
+            }
+        )
         for address in scheduler.workers:
             self.add_worker(scheduler, address)
         for key, task in scheduler.tasks.items():
             if task.state == "no-worker":
                 self.transition(key, "waiting", "no-worker")
 
+    async def close(self) -> None:
+        self._save_costs()
+
+    # -- jobs
+
+    def start_job(self, job: dict[str, Any], client: str | None = None) -> int:
+        """A client is about to submit tasks of ``job``. Returns the number of its first event."""
+        run, number = job["run"], self.ledger.next_number
+        stages = tuple(StageFacts(**stage) for stage in job["stages"])
+        self.controller.add_job(
+            JobFacts(run, job["model"], stages, job["items_left"], job["batch"], job.get("weight", 1.0))
+        )
+        now = time.time()
+        account = self.ledger.jobs[run] = JobAccount(
+            name=job["name"],
+            output=job["output"],
+            items=job["items"],
+            committed_items=job["committed_items"],
+            failed_items=job["failed_items"],
+            started=now,
+            client=client,
+        )
+        for stage in stages:
+            account.stage(stage.name)
+        self.ledger.note(JobStarted(now, run, job["name"], job["output"], job["items"]))
+        self._reconsider(f"{job['name']} began")
+        return number
+
+    def end_job(self, run: str, reason: str = "finished") -> None:
+        account = self.ledger.jobs.pop(run, None)
+        if account is None:
+            return
+        self.controller.remove_job(run)
+        self.ledger.note(JobEnded(time.time(), run, reason))
+        self._ended.add(run)
+        self._roles.forget(run)
+        self._save_costs()
+        self._reconsider(f"{account.name} ended")
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        for run in [run for run, account in self.ledger.jobs.items() if account.client == client]:
+            self.end_job(run, "its client went away")
+
+    def _stranger(self, kind: Kind) -> None:
+        """A task of a job that no client announced: it is served like any other, with costs of its own."""
+        run, stage = kind
+        known = self.controller.jobs.get(run)
+        stages = (*(known.stages if known else ()), StageFacts(stage))
+        self.controller.add_job(JobFacts(run, run, stages, 0))
+        if run not in self.ledger.jobs:
+            self.ledger.jobs[run] = JobAccount(run, "", 0, 0, 0, time.time(), None)
+        self.ledger.jobs[run].stage(stage)
+        self._reconsider(f"{run} came")
+
+    # -- workers
+
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        tags = scheduler.workers[worker].resources
-        roles = frozenset(tag.removeprefix(ROLE) for tag, amount in tags.items() if amount and tag.startswith(ROLE))
+        state = scheduler.workers[worker]
+        tags = read_tags(state.resources)
+        memory = UNLIMITED_BYTES if tags.memory_bytes is None else tags.memory_bytes
         self.remove_worker(scheduler, worker)
-        self._roles[worker] = roles
-        self._assigned[worker] = set()
-        levels = self._free.setdefault(roles, [{} for _ in range(self.depth + 1)])
-        levels[0][worker] = None
-        self._wake()
+        now = time.time()
+        self.ledger.workers[worker] = WorkerAccount(
+            str(state.name), tags.device_class, memory, int(state.memory_limit or 0), now, now
+        )
+        self.ledger.note(WorkerJoined(now, worker, tags.device_class, memory))
+        self.controller.add_device(Device(worker, tags.device_class, memory), tags.only)
+        self.dispatcher.join(worker, Seat(()))
+        self.dispatcher.pause(worker, state not in scheduler.running)
+        self._reconsider(f"{state.name} joined")
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        roles = self._roles.pop(worker, None)
-        if roles is not None:
-            level = min(len(self._assigned.pop(worker)), self.depth)
-            self._free[roles][level].pop(worker, None)
+        account = self.ledger.workers.pop(worker, None)
+        if account is None:
+            return
+        lost = self.dispatcher.leave(worker)
+        for key in lost:
+            self._placed.pop(key, None)
+        self.controller.remove_device(worker)
+        self._draining.discard(worker)
+        self._emptied.discard(worker)
+        self.ledger.note(WorkerLeft(time.time(), worker, len(lost)))
+        self._reconsider(f"{account.name} left")
 
     def log_event(self, topic: str, msg: Any) -> None:
+        if topic == BEGAN:
+            self.quarantine.began(plain_key(msg["key"]), int(msg["item"]))
         # The only word of a worker that has begun or gone on to run: it is not among the running when it is added.
-        if isinstance(msg, dict) and msg.get("action") == "worker-status-change":
+        elif isinstance(msg, dict) and msg.get("action") == "worker-status-change" and topic in self.ledger.workers:
+            self.dispatcher.pause(topic, msg.get("status") != Status.running.name or topic in self._draining)
             self._wake()
+
+    async def drain(self, workers: list[str], timeout: float = 600.0) -> list[str]:
+        """Give these workers nothing more and wait until they have done what they hold; returns those that have."""
+        here = [worker for worker in workers if worker in self.ledger.workers]
+        for worker in here:
+            self._draining.add(worker)
+            self.dispatcher.pause(worker)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and any(self._busy(worker) for worker in here):
+            await asyncio.sleep(0.02)
+        drained = [worker for worker in here if not self._busy(worker)]
+        for worker in set(here) - set(drained):
+            self._draining.discard(worker)
+            if worker in self.ledger.workers:
+                self.dispatcher.pause(worker, self._scheduler.workers[worker] not in self._scheduler.running)
+        return drained
+
+    def _busy(self, worker: str) -> bool:
+        state = self._scheduler.workers.get(worker)
+        return state is not None and bool(state.processing)
+
+    # -- tasks
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         started = time.thread_time()
+        if finish == "no-worker":
+            self._arrive(key)
+        elif start == "no-worker" and finish != "processing":
+            self.dispatcher.drop(key)
+            self._writes.pop(key, None)
+        elif start == "processing" and key in self._placed:
+            self._leave(key, finish, kwargs)
+        elif start == "memory" and key in self._counted:
+            self.flow.used(key)
+            self._wake()
         if finish == "forgotten":
             self._counted.discard(key)
-        if finish == "no-worker":
-            task = self._scheduler.tasks[key]
-            stage = _stage_of(task)
-            if stage is not None:
-                heapq.heappush(self._ready[stage], (task.priority, key))
-                self._wake()
-        elif start == "processing" and key in self._placed:
-            address, stage = self._placed.pop(key)
-            self._release(address, key)
-            known = self._scheduler.tasks.get(key)
-            if known is not None:
-                # Dask may compute it again later: then it must come through the gate, not to a dead address.
-                known.worker_restrictions = None
-                known.resource_restrictions = stage_resource(stage)
-            if finish == "memory" and key not in self._counted:
-                self._counted.add(key)
-                run = key[0].removeprefix(f"{stage}-")
-                self._done[run][stage] += key[3]
-            self._wake()
+            self.quarantine.forget_task(key)
         self.seconds += time.thread_time() - started
 
-    def progress(self, run: str) -> dict[str, Any]:
-        """Items of ``run`` by stage: queued at the gate, running (assigned), done; and workers by role."""
-        queued: Counter[str] = Counter()
-        running: Counter[str] = Counter()
-        tasks = self._scheduler.tasks
-        for stage, heap in self._ready.items():
-            keys = {key for _, key in heap if key[0] == f"{stage}-{run}"}
-            # A heap keeps what was cancelled until its turn comes.
-            queued[stage] = sum(key[3] for key in keys if key in tasks and tasks[key].state == "no-worker")
-        for key, (_, stage) in self._placed.items():
-            if key[0] == f"{stage}-{run}":
-                running[stage] += key[3]
-        roles = Counter(role for roles in self._roles.values() for role in roles)
-        untagged = sum(not roles for roles in self._roles.values())
-        return {
-            "queued": dict(queued),
-            "running": dict(running),
-            "done": dict(self._done[run]),
-            "roles": dict(roles),
-            "any": untagged,
-            "workers": len(self._roles),
-            "gate_seconds": self.seconds,
-        }
+    def _arrive(self, key: Any) -> None:
+        task = self._scheduler.tasks[key]
+        stage = stage_wanted(task)
+        if stage is None:
+            return
+        if stage == WRITE:
+            self._writes[key] = None
+        else:
+            kind = kind_of(key)
+            job = self.ledger.jobs.get(kind[0])
+            if job is None or stage not in job.stages:
+                self._stranger(kind)
+            elif self.controller.left(kind) == 0:  # computed again: nobody serves what was done
+                self.controller.at_least_left(kind, key[3])
+                self._reconsider(f"{stage} of {job.name} came back")
+            suspicion = self.quarantine.suspicion(key, task.suspicious)
+            if suspicion.note is not None:
+                task.annotations = {**(task.annotations or {}), TELEMETRY: suspicion.note}
+            if suspicion.culprit is not None:
+                kills = self.quarantine.kills_to_blame
+                self.ledger.note(ItemQuarantined(time.time(), kind[0], suspicion.culprit, stage, kills))
+            self.dispatcher.push(kind, task.priority, key, key[3], suspicion.alone)
+        self._wake()
+
+    def _leave(self, key: Any, finish: str, details: Mapping[str, Any]) -> None:
+        address = self._placed.pop(key)
+        task = self._scheduler.tasks.get(key)
+        awaited = finish == "memory" and task is not None and bool(task.waiters)
+        self.dispatcher.done(key, finished=awaited)
+        if awaited:
+            self.flow.made(key, kind_of(key), key[3], int(details.get("nbytes") or 0))
+        if task is not None:
+            # Dask may compute it again later: then it must come through the gate, not to a dead address.
+            task.worker_restrictions = None
+            task.resource_restrictions = stage_resource(stage_name(key))
+        if finish == "memory":
+            self._finish(key, address, details)
+            for made in task.dependencies if task is not None else ():
+                if not made.waiters:  # a client may still hold the result: nobody waits for it
+                    self.flow.used(made.key)
+        if address in self.ledger.workers and not self.dispatcher.held(address):
+            self._emptied.add(address)
+        self._wake()
+
+    def _finish(self, key: Any, address: str, details: Mapping[str, Any]) -> None:
+        kind, first = kind_of(key), key not in self._counted
+        self._counted.add(key)
+        job = self.ledger.jobs.get(kind[0])
+        if job is None:
+            return
+        if kind[1] != WRITE:
+            self._telemetry.task_done(job, kind, key[3], address, first, details)
+            if self.controller.left(kind) == 0:
+                self._reconsider(f"{kind[1]} of {job.name} is done")
+        elif first:
+            self._telemetry.shard_written(kind[0], details)
+
+    # -- placing
 
     def _wake(self) -> None:
         if not self._pump_is_due:
             self._pump_is_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
+    def _reconsider(self, reason: str) -> None:
+        """Decide about roles before anything else is placed."""
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        self._wake()
+
     def _pump(self) -> None:
         started = time.thread_time()
         self._pump_is_due = False
+        if self._reasons or time.monotonic() - self._decided > max(DECIDE_SECONDS, 20 * self._decision_took):
+            self._decide()
+        scheduler, now = self._scheduler, time.time()
         chosen: dict[Any, str] = {}
-        waiting = [stage for stage, heap in self._ready.items() if heap]
-        # The smallest Dask priority goes first, so later stages drain before earlier ones fill memory.
-        for stage in sorted(waiting, key=lambda name: self._ready[name][0][0]):
-            heap = self._ready[stage]
-            while heap:
-                task = self._scheduler.tasks.get(heap[0][1])
-                if task is None or task.state != "no-worker" or task.key in chosen:
-                    heapq.heappop(heap)
-                    continue
-                address = self._home(task) if stage == WRITE else self._free_worker(stage, task)
-                if address is None:
-                    break
-                heapq.heappop(heap)
-                self._assign(task, stage, address)
-                chosen[task.key] = "processing"
+        for assignment in self.dispatcher.assign(self._holders):
+            self._bind(assignment.key, assignment.worker)
+            chosen[assignment.key] = "processing"
+            self._emptied.discard(assignment.worker)
+            self.ledger.workers[assignment.worker].set_busy(now)
+        for worker in self._emptied:
+            self.ledger.workers[worker].set_idle(now, self.dispatcher.is_blocked(worker))
+        self._emptied.clear()
+        for key in list(self._writes):
+            home = home_of(scheduler, scheduler.tasks[key])
+            if home is not None:
+                del self._writes[key]
+                self._bind(key, home)
+                chosen[key] = "processing"
         self.seconds += time.thread_time() - started
         if chosen:
             # Dask takes recommendations from the end, so the first chosen comes last.
             recommendations = dict(reversed(chosen.items()))
-            self._scheduler.transitions(recommendations, stimulus_id=f"dfdask-gate-{time.time()}")
+            scheduler.transitions(recommendations, stimulus_id=f"dfdask-gate-{now}")
 
-    def _assign(self, task: TaskState, stage: str, address: str) -> None:
+    def _bind(self, key: Any, address: str) -> None:
+        task = self._scheduler.tasks[key]
         task.resource_restrictions = {}
         task.worker_restrictions = {address}
-        self._placed[task.key] = (address, stage)
-        if stage != WRITE:
-            held = self._assigned[address]
-            self._move(address, len(held), len(held) + 1)
-            held.add(task.key)
+        self._placed[key] = address
 
-    def _release(self, address: str, key: Any) -> None:
-        held = self._assigned.get(address)
-        if held is not None and key in held:
-            self._move(address, len(held), len(held) - 1)
-            held.discard(key)
+    def _holders(self, key: Any) -> Mapping[str, int]:
+        return bytes_by_worker(self._scheduler.tasks[key])
 
-    def _move(self, address: str, before: int, after: int) -> None:
-        levels = self._free[self._roles[address]]
-        levels[min(before, self.depth)].pop(address, None)
-        levels[min(after, self.depth)][address] = None
+    # -- roles
 
-    def _free_worker(self, stage: str, task: TaskState) -> str | None:
-        """The least loaded worker of the role; among equals the one that holds most input bytes."""
-        able = [roles for roles in self._free if not roles or stage in roles]
-        able.sort(key=lambda roles: len(roles) or 1 << 30)  # specialists first
-        running = self._scheduler.running
-        holders = _bytes_by_worker(task)
-        for level in range(self.depth):
-            for holder in sorted(holders, key=lambda name: -holders[name]):
-                held_roles = self._roles.get(holder)
-                if held_roles is None or held_roles not in able or holder not in self._free[held_roles][level]:
-                    continue
-                if self._scheduler.workers[holder] in running:
-                    return holder
-            for roles in able:
-                for address in self._free[roles][level]:
-                    worker = self._scheduler.workers.get(address)
-                    if worker is not None and worker in running:
-                        return address
-        return None
+    def _decide(self) -> None:
+        began, reason = time.perf_counter(), "; ".join(self._reasons[:3]) or "costs changed"
+        self._reasons.clear()
+        self._tidy()
+        self.flow.set_limits()
+        self._roles.decide(self._scheduler, reason)
+        self._decided = time.monotonic()
+        self._decision_took = time.perf_counter() - began
 
-    def _home(self, task: TaskState) -> str | None:
-        """Where most of the task's input bytes are; a worker of another choice only if that one is gone."""
-        holders = _bytes_by_worker(task)
-        running: set[WorkerState] = self._scheduler.running
-        able = {worker.address for worker in running}
-        best = max((name for name in holders if name in able), key=holders.__getitem__, default=None)
-        return best if best is not None else next(iter(able), None)
+    def _tidy(self) -> None:
+        """Forget jobs that ended, and unannounced ones that have been done for a while."""
+        now = time.time()
+        for run, account in list(self.ledger.jobs.items()):
+            unannounced = account.client is None and not account.items
+            if unannounced and now - account.started > STRANGER_SECONDS and not self.dispatcher.has_work(run):
+                self.end_job(run)
+        for run in [run for run in self._ended if not self.dispatcher.has_work(run)]:
+            self._ended.discard(run)
+            if run not in self.ledger.jobs:
+                self.dispatcher.forget(run)
 
+    # -- what others ask
 
-def _stage_of(task: TaskState) -> str | None:
-    for resource in task.resource_restrictions or ():
-        if resource.startswith(STAGE):
-            return str(resource.removeprefix(STAGE))
-    return None
+    def progress(self, run: str) -> dict[str, Any]:
+        """Where the items of ``run`` are, who cannot be served, and the window that its client should keep full."""
+        return {
+            **views.progress(run, self.ledger, self.dispatcher, self.controller),
+            "unserved": self._roles.impossible.get(run, ()),
+            "window": self.flow.window(run),
+            "gate_seconds": self.seconds,
+        }
 
+    def state(self) -> ClusterState:
+        """A snapshot of all jobs and workers."""
+        forecast = self._roles.forecast_seconds
+        return views.cluster_state(time.time(), self.ledger, self.dispatcher, self.controller, forecast, self.seconds)
 
-def _bytes_by_worker(task: TaskState) -> Mapping[str, int]:
-    totals: dict[str, int] = {}
-    for dependency in task.dependencies:
-        for worker in dependency.who_has or ():
-            totals[worker.address] = totals.get(worker.address, 0) + max(dependency.nbytes, 1)
-    return totals
+    def state_of_all(self) -> dict[str, Any]:
+        return asdict(self.state())
+
+    def events_since(self, number: int = 0, run: str | None = None) -> dict[str, Any]:
+        """Events from ``number`` on as JSON-able data (pictures left out), and the number to ask from next."""
+        return {"events": self.ledger.told_since(number, run), "next": self.ledger.next_number}
+
+    def forecast(self) -> dict[str, Any]:
+        return views.forecast(self.ledger, self.dispatcher, self.controller)
+
+    def _save_costs(self) -> None:
+        save_costs(self.controller.costs.to_json())

@@ -18,6 +18,7 @@ from dfdask.job_cluster import JobCluster
 from dfdask.prompts import ItemTable, read_items
 from dfdask.spec import JobSpec, diff_specs, fingerprint
 from dfdask.stages.model import ModelRef, model_ref, with_defaults
+from dfdask.stages.weights import component_bytes, cost_key
 from dfdask.store import RunStore
 from dfdask.store_layout import Layout
 from dfdask.targets import Location, resolve_output
@@ -86,7 +87,6 @@ class Run:
         self._stages: tuple[StageProgress, ...] = ()
         self._workers = 0
         self._dashboard: str | None = None
-        self._baseline: Mapping[str, int] | None = None
         self._began = time.monotonic()
         self._ended: float | None = None
         self._computed_items = 0
@@ -228,16 +228,14 @@ class Run:
     def _cluster_state(self, state: Mapping[str, Any]) -> None:
         if self._work is None:
             return
-        if self._baseline is None:  # the gate still counts what an earlier client of this run did
-            self._baseline = dict(state["done"])
         self._workers = int(state["workers"])
         self._stages = tuple(
             StageProgress(
                 name=stage,
                 queued=state["queued"].get(stage, 0),
                 running=state["running"].get(stage, 0),
-                done=self._resumed + state["done"].get(stage, 0) - self._baseline.get(stage, 0),
-                workers=state["any"] + state["roles"].get(stage, 0),
+                done=self._resumed + state["done"].get(stage, 0),
+                workers=state["roles"].get(stage, 0),
             )
             for stage in self._work.stages
         )
@@ -262,6 +260,7 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
     location = resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
         location = _unoccupied(location)
+    weights = component_bytes(ref)
     location.check_writable()
     versions = _versions()
     if RunStore.exists(location):
@@ -282,6 +281,9 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
         shards=missing_shards(shard_count(layout.items, layout.shard_items), run._shards),
         token=token_for(identity, f"{location.root}/{location.name}"),
         provenance={"versions": versions},
+        cost_key=cost_key(spec, ref),
+        weights=weights,
+        priority=spec.priority,
     )
     store.sweep()
     return run

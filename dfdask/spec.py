@@ -75,22 +75,46 @@ class PromptFile(_Part):
         return value
 
 
-class FakeStages(_Part):
-    """A model without a model: stages that sleep, for tests, demonstrations and simulations."""
+Seconds = Annotated[float, Field(ge=0, strict=True)]
 
-    stages: dict[StageName, Annotated[float, Field(ge=0, strict=True)]] = Field(
+
+class FakeShift(_Part):
+    """Other seconds per item from the row ``at`` on: a change of the mix in mid-run."""
+
+    at: Annotated[StrictInt, Field(ge=0)] = Field(examples=[300])
+    stages: dict[StageName, Seconds] = Field(examples=["{encode: 0.3}"])
+
+
+class FakeStages(_Part):
+    """A model without a model: stages that sleep, for tests, demonstrations and simulations.
+
+    ``weights`` are the bytes of each stage's only component, ``load_seconds`` what bringing one to the device takes;
+    ``speeds`` multiplies all seconds on workers of a device class. Items in ``fail`` raise, those in ``kill`` end
+    their worker's process, both in ``fail_stage``.
+    """
+
+    stages: dict[StageName, Seconds] = Field(
         default={"encode": 0.0, "denoise": 0.0, "decode": 0.0}, min_length=1, examples=["{encode: 0.1}"]
     )  # seconds per item
+    shift: FakeShift | None = Field(default=None, examples=["{at: 300, stages: {encode: 0.3}}"])
+    weights: dict[StageName, Annotated[StrictInt, Field(ge=0)]] = {}
+    load_seconds: Seconds = 0.0
+    speeds: dict[Name, Annotated[float, Field(gt=0, strict=True)]] = {}
     handoff_bytes: Annotated[StrictInt, Field(ge=0)] = 0
     width: Count = 8
     height: Count = 8
     fail: list[StrictStr] = []
+    kill: list[StrictStr] = []
     fail_stage: StageName = "denoise"
 
     @model_validator(mode="after")
-    def _fails_somewhere(self) -> Self:
-        if self.fail and self.fail_stage not in self.stages:
+    def _stages_exist(self) -> Self:
+        if (self.fail or self.kill) and self.fail_stage not in self.stages:
             raise ValueError(f"`fail_stage` must be one of {list(self.stages)}, got {self.fail_stage!r}; name one")
+        for key, named in (("weights", self.weights), ("shift.stages", self.shift.stages if self.shift else {})):
+            unknown = [stage for stage in named if stage not in self.stages]
+            if unknown:
+                raise ValueError(f"`{key}` must name stages of {list(self.stages)}, got {unknown[0]!r}; correct it")
         return self
 
 
@@ -101,10 +125,16 @@ class FakeModel(_Part):
 
 
 class WorkerGroup(_Part):
-    """``count`` local workers that run ``stages`` (None: all of them)."""
+    """``count`` local workers that are bound to ``stages`` (None: the scheduler gives them what there is to do).
+
+    ``device_class`` names what they run on where there are several kinds; ``memory`` are the bytes that components
+    may take there.
+    """
 
     count: Count = Field(default=1, examples=[2])
     stages: Annotated[list[Name], Field(min_length=1)] | None = Field(default=None, examples=["[encode, decode]"])
+    device_class: Name | None = Field(default=None, examples=["h100"])
+    memory: Count | None = Field(default=None, examples=[24000000000])
 
     @field_validator("stages")
     @classmethod
@@ -139,6 +169,7 @@ class JobSpec(_Part):
     batch: Count = Field(default=8, examples=[8])
     shard: Count | None = Field(default=None, examples=[64])
     strict: StrictBool = Field(default=False, examples=["true"])
+    priority: Annotated[float, Field(gt=0, strict=True)] = Field(default=1.0, examples=[2.0])
     workers: (
         Annotated[
             Annotated[Count, Tag("<count>")] | Annotated[list[WorkerGroup], Field(min_length=1), Tag("<groups>")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -14,17 +15,25 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.errors import ClusterError, DfdaskError, StorageError
+from dfdask.gate import BEGAN
 from dfdask.items import Item
-from dfdask.stages.batch import Batch, describe, is_out_of_memory, run_batch
+from dfdask.quarantine import KILLS_TO_BLAME
+from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
 from dfdask.stages.model import ModelRef
-from dfdask.stages.residency import held_stage
+from dfdask.stages.residency import DEVICE_CLASS, MEMORY_BYTES, held_stage
 from dfdask.store import RunStore
+from dfdask.tags import read_tags
 from dfdask.targets import Location
+from dfdask.telemetry import TELEMETRY
 
 if TYPE_CHECKING:
     from dfdask.stages.check import Inspected
 
 OK, FAILED = 1, 2  # values of the status array
+BEGAN_SECONDS = 0.05
+"""Dask gathers messages for 2 ms; what an item's worker said of it must be out before the item can kill it."""
+THUMBNAILS = 4
+THUMBNAIL_PIXELS = 96
 
 _importing = threading.Lock()
 
@@ -65,10 +74,19 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
     batch = work if isinstance(work, Batch) else Batch.start(work)
     if batch.problem is not None:
         return batch
+    note = _note()
+    if note.get("give_up"):
+        return Batch((), problem=ClusterError(f"{stage}: workers keep dying here; look at their logs"))
+    if note.get("poison"):
+        batch = batch.without(note["poison"], f"{stage}: given up: its worker died {KILLS_TO_BLAME} times")
     try:
+        asked = time.perf_counter()
         with _importing:
-            held = held_stage(ref, stage)
+            held = _ready(ref, stage)
+        load_seconds = time.perf_counter() - asked
         started = time.time()
+        if note.get("careful"):
+            held, batch = _Announcing(held), batch.in_single_items()
         result = run_batch(stage, held, batch)
     except DfdaskError as error:
         return Batch((), problem=error)
@@ -76,9 +94,39 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
         if not is_out_of_memory(error):
             raise
         return Batch((), problem=_too_little_memory(stage, batch, error))
-    items = sum(len(group.items) for group in batch.groups)
-    _tell({"stage": stage, "items": items, "start": started, "seconds": result.seconds[stage]})
+    told = {"start": started, "seconds": result.seconds[stage], "load_seconds": load_seconds}
+    holds = getattr(held, "holds", None)
+    if holds is not None:
+        told["holds"] = holds()
+    _tell(told)
     return result
+
+
+def _ready(ref: ModelRef, stage: str) -> Stage:
+    """The stage with its weights where they are computed with."""
+    tags = read_tags(get_worker().state.total_resources)
+    os.environ.setdefault(DEVICE_CLASS, tags.device_class)
+    if tags.memory_bytes is not None:
+        os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
+    held = held_stage(ref, stage)
+    prepare = getattr(held, "prepare", None)
+    if prepare is not None:
+        prepare()
+    return held
+
+
+class _Announcing:
+    """A stage that says which item it begins, so that one that kills this process is known by name."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def run(self, items: Sequence[Item], state: Any) -> Any:
+        worker = get_worker()
+        if len(items) == 1:
+            worker.log_event(BEGAN, {"key": worker.get_current_task(), "item": items[0].index})
+            time.sleep(BEGAN_SECONDS)
+        return self._stage.run(items, state)
 
 
 def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
@@ -116,12 +164,13 @@ def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[B
                 row = item.index - first
                 problem = _place(pixels[row], picture)
                 status[row], errors[row] = (FAILED, problem) if problem else (OK, "")
+    written = {"shard": shard, "items": count, "failed_items": int((status == FAILED).sum())}
     record = {"stage_seconds": seconds, "worker": get_worker().name, "written": time.time(), **run}
     commit = store.write_shard(shard, pixels, status, errors, record)
+    failed = [text for text in errors if text]
+    _tell({**written, "errors": tuple(failed[:THUMBNAILS]), "thumbnails": _thumbnails(first, pixels, status)})
     return {
-        "shard": shard,
-        "items": count,
-        "failed_items": int((status == FAILED).sum()),
+        **written,
         "stale": commit.stale,
         "stage_seconds": seconds,
         "worker": str(get_worker().name),
@@ -148,9 +197,33 @@ def _too_little_memory(stage: str, batch: Batch, error: Exception) -> ClusterErr
     )
 
 
+def _thumbnails(first: int, pixels: np.ndarray[Any, Any], status: np.ndarray[Any, Any]) -> dict[int, bytes]:
+    """Small JPEG pictures of a few good items, by row; of a video its middle frame."""
+    import io
+
+    from PIL import Image
+
+    good = np.flatnonzero(status == OK)
+    found = {}
+    for place in good[:: max(len(good) // THUMBNAILS, 1)][:THUMBNAILS]:
+        picture = pixels[place] if pixels.ndim == 4 else pixels[place, pixels.shape[1] // 2]
+        image, data = Image.fromarray(picture), io.BytesIO()
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        image.save(data, "JPEG", quality=80)
+        found[first + int(place)] = data.getvalue()
+    return found
+
+
+def _note() -> dict[str, Any]:
+    """What the gate says about the present task."""
+    worker = get_worker()
+    task = worker.state.tasks.get(worker.get_current_task())
+    return dict((task.annotations or {}).get(TELEMETRY) or {}) if task is not None else {}
+
+
 def _tell(metadata: dict[str, Any]) -> None:
     """Leave telemetry where it travels to the scheduler with the task's own completion message."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
     if task is not None:
-        task.metadata["dfdask"] = metadata
+        task.metadata[TELEMETRY] = metadata

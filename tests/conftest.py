@@ -91,3 +91,11 @@ def client() -> Iterator[Any]:
         client.wait_for_workers(2, timeout=60)
         yield client
     fleet.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Costs that tests teach stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DFDASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

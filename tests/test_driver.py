@@ -12,8 +12,9 @@ from distributed import Client, SchedulerPlugin
 
 from dfdask import driver
 from dfdask.cluster import LocalFleet
-from dfdask.driver import WINDOW_PER_WORKER, missing_shards, token_for
+from dfdask.driver import missing_shards, token_for
 from dfdask.errors import ClusterError, ModelError
+from dfdask.flow import WINDOW_BATCHES_PER_WORKER
 from dfdask.run import submit
 from dfdask.spec import WorkerGroup
 
@@ -71,7 +72,7 @@ def test_a_long_job_is_never_all_in_flight(client: Client, tmp_path: Path, count
         for shard in range(75)
     }, "each task once"
     # One shard may reach over the edge of the window, and what is released takes a moment to be forgotten.
-    assert WINDOW_PER_WORKER * 2 <= most <= WINDOW_PER_WORKER * 2 * 2 + 4
+    assert WINDOW_BATCHES_PER_WORKER * 2 <= most <= WINDOW_BATCHES_PER_WORKER * 2 * 2 + 4
 
 
 def test_two_shards_are_in_flight_however_large(client: Client, tmp_path: Path, counted: Any) -> None:

@@ -19,7 +19,8 @@ from distributed.core import Status
 from tornado.ioloop import IOLoop
 
 from dfdask.cluster import SETTINGS
-from dfdask.gate import NAME, WRITE, Gate, role_resources, stage_resource, task_key
+from dfdask.gate import NAME, WRITE, Gate
+from dfdask.tags import stage_resource, task_key, worker_resources
 
 STAGES = ("encode", "denoise", "decode")
 Test = Callable[..., Coroutine[Any, Any, None]]
@@ -41,7 +42,7 @@ def gated(*roles: Iterable[str], gate: bool = True) -> Callable[[Test], Callable
                 host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0", plugins=[Gate()] if gate else []
             ) as scheduler:
                 workers = [
-                    await Worker(scheduler.address, nthreads=1, memory_limit=0, resources=role_resources(stages))
+                    await Worker(scheduler.address, nthreads=1, memory_limit=0, resources=worker_resources(stages))
                     for stages in roles
                 ]
                 try:
@@ -71,19 +72,22 @@ def gate_of(scheduler: Scheduler) -> Gate:
 def check_accounts(scheduler: Scheduler) -> None:
     """What the gate believes is what the scheduler knows."""
     gate = gate_of(scheduler)
-    assert set(gate._assigned) == set(gate._roles) == set(scheduler.workers)
-    for address, keys in gate._assigned.items():
+    dispatcher = gate.dispatcher
+    assert set(dispatcher._held) == set(gate.ledger.workers) == set(gate.controller._seats) == set(scheduler.workers)
+    for address in scheduler.workers:
+        keys = set(dispatcher.held(address))
         processing = {task.key for task in scheduler.workers[address].processing if task.key in gate._placed}
-        writing = {key for key in processing if gate._placed[key][1] == WRITE}
+        writing = {key for key in processing if key[0].startswith(f"{WRITE}-")}
         assert keys == processing - writing
         assert len(keys) <= gate.depth
-        levels = gate._free[gate._roles[address]]
-        assert [address in level for level in levels] == [level == len(keys) for level in range(gate.depth + 1)]
-    assert sum(len(level) for levels in gate._free.values() for level in levels) == len(scheduler.workers)
-    for key, (address, _) in gate._placed.items():
+    assert sum(len(level) for levels in dispatcher._free.values() for level in levels) == len(scheduler.workers)
+    for key, address in gate._placed.items():
         assert scheduler.tasks[key].state == "processing"
         assert scheduler.tasks[key].processing_on.address == address
-    ready = {key for heap in gate._ready.values() for _, key in heap}
+    ready = {*dispatcher._queued, *gate._writes}
+    assert all(scheduler.tasks[key].state == "no-worker" for key in ready)
+    for account in gate.ledger.jobs.values():
+        assert all(stage.waiting_items >= 0 and stage.waiting_bytes >= 0 for stage in account.stages.values())
     for key, task in scheduler.tasks.items():
         if any(name.startswith("stage:") for name in task.resource_restrictions or ()):
             assert task.state != "processing", f"{key} got past the gate"
@@ -102,7 +106,8 @@ async def watched(scheduler: Scheduler) -> AsyncIterator[list[int]]:
                 check_accounts(scheduler)
             except AssertionError as error:
                 problems.append(error)
-            most[0] = max([most[0], *(len(keys) for keys in gate_of(scheduler)._assigned.values())])
+            dispatcher = gate_of(scheduler).dispatcher
+            most[0] = max([most[0], *(len(dispatcher.held(address)) for address in scheduler.workers)])
             await asyncio.sleep(0)
 
     watcher = asyncio.create_task(watch())
@@ -201,18 +206,26 @@ async def test_a_stage_without_a_worker_waits_and_others_go_on(
     done = gate_of(scheduler).progress
     await until(lambda: done("run")["done"].get("denoise") == 5)
     assert done("run")["queued"]["decode"] == 5
-    async with Worker(scheduler.address, nthreads=1, resources=role_resources(["decode"])) as late:
+    async with Worker(scheduler.address, nthreads=1, resources=worker_resources(["decode"])) as late:
         found = await client.gather(last)
         assert {route[2] for route in found} == {late.address}
         check_accounts(scheduler)
 
 
+def announce(scheduler: Scheduler, run: str = "run", items: int = 100, **more: Any) -> None:
+    """Tell the gate of a job of three stages, as the driver does."""
+    stages = [{"name": stage, **more.pop(stage, {})} for stage in STAGES]
+    job = {"name": run, "output": run, "model": run, "items": items, "items_left": items, "batch": 1}
+    gate_of(scheduler).start_job({"run": run, "stages": stages, "committed_items": 0, "failed_items": 0, **job, **more})
+
+
 @gated((), ("encode",))
 async def test_specialists_come_first(client: Client, scheduler: Scheduler, free: Worker, bound: Worker) -> None:
+    announce(scheduler)
     assert await put(client, "encode", 0) == [bound.address]
     held = [put(client, "encode", number, "stop", function=hold) for number in range(1, 4)]
     await until(lambda: len(gate_of(scheduler)._placed) == 3)
-    assert [len(gate_of(scheduler)._assigned[worker.address]) for worker in (free, bound)] == [1, 2]
+    assert [len(gate_of(scheduler).dispatcher.held(worker.address)) for worker in (free, bound)] == [1, 2]
     held_back["stop"].set()
     await client.gather(held)
 
@@ -270,7 +283,7 @@ async def test_a_worker_that_leaves_takes_no_task_along(client: Client, schedule
         last = [chain(client, number, 0.005) for number in range(30)]
         done = gate_of(scheduler).progress
         await until(lambda: done("run")["done"].get("denoise", 0) > 5)
-        async with Worker(scheduler.address, nthreads=1, resources=role_resources(["denoise"])) as heir:
+        async with Worker(scheduler.address, nthreads=1, resources=worker_resources(["denoise"])) as heir:
             await workers[1].close(nanny=False)
             found = await client.gather(last)
             assert {route[1] for route in found} >= {heir.address}
@@ -295,8 +308,8 @@ async def test_workers_that_join_get_work(client: Client, scheduler: Scheduler, 
         tasks = [put(client, "encode", number, seconds=0.02) for number in range(40)]
         await until(lambda: len(gate_of(scheduler)._placed) == 2)
         async with (
-            Worker(scheduler.address, nthreads=1, resources=role_resources(["encode"])) as late,
-            Worker(scheduler.address, nthreads=1, resources=role_resources(["decode"])) as wrong,
+            Worker(scheduler.address, nthreads=1, resources=worker_resources(["encode"])) as late,
+            Worker(scheduler.address, nthreads=1, resources=worker_resources(["decode"])) as wrong,
         ):
             ran = Counter(route[0] for route in await client.gather(tasks))
             assert ran[late.address] > 10 and wrong.address not in ran
@@ -336,7 +349,7 @@ async def test_errors_and_retries_free_their_places(client: Client, scheduler: S
         for future in after:
             with pytest.raises(ValueError, match="as asked"):
                 await future
-        assert gate_of(scheduler).progress("run")["done"] == {}
+        assert gate_of(scheduler).progress("run")["done"] == {"encode": 0}
         await client.retry(after)
         for future in after:
             with pytest.raises(ValueError, match="as asked"):
@@ -367,14 +380,15 @@ async def test_progress_says_where_the_items_are(client: Client, scheduler: Sche
     assert state.pop("gate_seconds") > 0
     assert state == {
         "queued": {"encode": 0, "decode": 15},
-        "running": {"decode": 20},
-        "done": {"encode": 6},
-        "roles": {"encode": 1, "denoise": 1, "decode": 1},
-        "any": 1,
+        "running": {"encode": 0, "decode": 20},
+        "done": {"encode": 6, "decode": 0},
+        "roles": {"decode": 2},
+        "unserved": (),
+        "window": 18,
         "workers": 3,
     }
     other = await client.scheduler.dfdask_progress(run="no such run")
-    assert not other["running"] and not other["done"] and not any(other["queued"].values())
+    assert not other["running"] and not other["done"] and not other["queued"]
     held_back["on"].set()
     await client.gather(held)
 
@@ -458,7 +472,7 @@ def test_the_accounts_are_right_whatever_happens(seed: int) -> None:
                 elif event == "join" and len(workers) < 8:
                     roles = chance.sample(STAGES, chance.randrange(3))
                     workers.append(
-                        await Worker(scheduler.address, nthreads=1, memory_limit=0, resources=role_resources(roles))
+                        await Worker(scheduler.address, nthreads=1, memory_limit=0, resources=worker_resources(roles))
                     )
                 elif event in ("leave", "die") and len(workers) > 1:
                     worker = workers.pop(chance.randrange(len(workers)))
@@ -483,7 +497,7 @@ def test_the_accounts_are_right_whatever_happens(seed: int) -> None:
         kept.clear()
         await until(lambda: not scheduler.tasks)
         gate = gate_of(scheduler)
-        assert not any(gate._assigned.values())
+        assert not any(gate.dispatcher.held(worker) for worker in scheduler.workers)
         queued = defaultdict(int, gate.progress("run")["queued"])
         assert not any(queued.values())
         for worker in workers:

@@ -28,17 +28,21 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
-    "values": {"spec", "items", "events", "errors", "arguments", "problems", "job_file"},
+    "values": {"spec", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
         *("cost", "fluid", "placement", "dispatch", "controller"),
+        *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
         *("store", "store_check", "store_create", "store_events", "store_layout", "store_objects"),
         *("targets", "target_files", "prompts", "prompt_files"),
     },
     "models": {"stages", "bundled"},
-    "dask": {"run", "job_cluster", "driver", "gate", "worker", "cluster", "wire", "quiet"},
+    "dask": {
+        *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
+        *("gate", "roles", "stage_tasks", "telemetry", "cost_file"),
+    },
     "tools": {"simulate"},
     "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
     "top": {"__init__", "__main__"},

@@ -192,11 +192,20 @@ def test_an_output_that_goes_away_says_so(client: Client, tmp_path: Path) -> Non
 
 @pytest.fixture
 def damaged(tiny: Tiny, tmp_path: Path) -> Path:
-    """A model whose VAE was cut short by a download; nobody sees that before it is loaded."""
+    """A model whose VAE has numbers of a kind that does not exist; nobody sees that before it is loaded."""
     folder = Path(shutil.copytree(tiny("sd"), tmp_path / "model"))
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:2000])
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"F33"', 1))
     return folder
+
+
+def test_a_model_that_was_cut_short_makes_no_run(client: Client, tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("sd"), tmp_path / "model"))
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"vae/.* cannot be loaded: .* bytes where its head announces"):
+        submit(job(str(folder), tmp_path, arguments={"num_inference_steps": 1, **ARGUMENTS["sd"]}), client=client)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_cannot_be_loaded_says_so(client: Client, damaged: Path, tmp_path: Path) -> None:

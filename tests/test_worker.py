@@ -50,7 +50,7 @@ def test_the_scheduler_learns_what_a_task_took(client: Client) -> None:
     call(client, run_stage, FAKE, "encode", ITEMS)
     found = client.sync(client.scheduler.stop_task_metadata, name="test")
     (told,) = (metadata["dfdask"] for metadata in found["metadata"].values())
-    assert told["stage"] == "encode" and told["items"] == 3 and told["seconds"] >= 0 and told["start"] > 0
+    assert told["seconds"] >= 0 and told["load_seconds"] >= 0 and told["start"] > 0 and not told["holds"]
 
 
 def test_a_problem_is_handed_on_to_the_client(client: Client, local: Location) -> None:

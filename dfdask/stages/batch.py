@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -57,6 +57,34 @@ class Batch:
     @classmethod
     def start(cls, items: Sequence[Item]) -> Batch:
         return cls(groups=(Group(tuple(items)),))
+
+    def without(self, rows: Collection[int], error: str) -> Batch:
+        """The batch with the items of these ``rows`` failed, and those that cannot be parted from them."""
+        groups: list[Group] = []
+        failures = dict(self.failures)
+        todo = list(reversed(self.groups))
+        while todo:
+            group = todo.pop()
+            if not any(item.index in rows for item in group.items):
+                groups.append(group)
+            elif halves := _halves(group):
+                todo.extend(reversed(halves))
+            else:
+                failures.update((item.index, error) for item in group.items)
+        return replace(self, groups=tuple(groups), failures=failures)
+
+    def in_single_items(self) -> Batch:
+        """The same items, each in a group of its own as far as they can be parted."""
+        groups: list[Group] = []
+        todo = list(reversed(self.groups))
+        while todo:
+            group = todo.pop()
+            halves = _halves(group)
+            if halves:
+                todo.extend(reversed(halves))
+            else:
+                groups.append(group)
+        return replace(self, groups=tuple(groups))
 
 
 def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:

@@ -1,0 +1,48 @@
+"""What the cost model has learnt, kept on the scheduler's machine between runs: ``costs.json`` in the cache folder.
+
+The folder is ``$DFDASK_CACHE``, else ``~/.cache/dfdask``. A file that cannot be read or written costs only what it
+would have told: no job stops for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_logger = logging.getLogger("dfdask")
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("DFDASK_CACHE")
+    return Path(base) if base else Path.home() / ".cache" / "dfdask"
+
+
+def load_costs() -> list[dict[str, Any]]:
+    """What `CostModel.to_json` gave, or nothing."""
+    path = cache_folder() / "costs.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, list) else []
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        _logger.warning("costs of earlier runs are not used: %s cannot be read (%s)", path, error)
+        return []
+
+
+def save_costs(costs: list[dict[str, Any]]) -> None:
+    """Replace the file at once: a reader sees the old one or the new one."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, prefix="costs-", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(costs, file, allow_nan=False)
+        os.replace(file.name, folder / "costs.json")
+    except OSError as error:
+        _logger.warning("costs are not kept for later runs: %s", error)

@@ -1,0 +1,86 @@
+"""Carries out what the controller decides: seats at the dispatcher, tags that Dask shows, events that explain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dfdask.controller import Controller
+from dfdask.dispatch import Dispatcher, Kind
+from dfdask.events import RolesChanged
+from dfdask.ledger import Ledger
+from dfdask.tags import ROLE
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+
+class Roles:
+    """``forecast_seconds`` until each job ends by the last decision, and the stages that are ``impossible`` here."""
+
+    def __init__(self, dispatcher: Dispatcher, controller: Controller, ledger: Ledger) -> None:
+        self._dispatcher, self._controller, self._ledger = dispatcher, controller, ledger
+        self.forecast_seconds: dict[str, float] = {}
+        self.impossible: dict[str, tuple[str, ...]] = {}
+
+    def decide(self, scheduler: Scheduler, reason: str) -> None:
+        """Reconsider all roles. What is assigned already stays where it is."""
+        self._count_what_is_there()
+        decision = self._controller.decide()
+        placement = decision.placement
+        seconds = max(placement.seconds.values(), default=0.0)
+        stay = seconds * placement.score / placement.stay_score if placement.stay_score > 0 else seconds
+        for address, shares in decision.shares.items():
+            account = self._ledger.workers[address]
+            before, after = _own(account.shares), _own(shares)
+            account.shares = shares
+            if address in decision.seats:
+                self._dispatcher.seat(address, decision.seats[address])
+                if before.keys() != after.keys():
+                    self._ledger.note(
+                        RolesChanged(time.time(), address, before, after, reason, placement.policy, seconds, stay)
+                    )
+            _tag(scheduler, address, shares)
+        for run in self._ledger.jobs:
+            self.forecast_seconds[run] = placement.seconds.get(run, 0.0)
+            self.impossible[run] = tuple(stage for job, stage in placement.impossible if job == run)
+
+    def forget(self, run: str) -> None:
+        self.forecast_seconds.pop(run, None)
+        self.impossible.pop(run, None)
+
+    def _count_what_is_there(self) -> None:
+        """Results that were lost are made again: what is ready or running is left to do, whatever was counted."""
+        for run, facts in self._controller.jobs.items():
+            for stage in facts.stages:
+                kind = run, stage.name
+                there = self._dispatcher.ready_items(kind) + self._dispatcher.running_items(kind)
+                self._controller.at_least_left(kind, there)
+                self._dispatcher.weigh(kind, self._controller.item_cost(kind))
+
+
+def _own(shares: Mapping[Kind, float]) -> dict[str, float]:
+    return {f"{job}/{stage}": share for (job, stage), share in shares.items() if share > 0}
+
+
+def _tag(scheduler: Scheduler, address: str, shares: Mapping[Kind, float]) -> None:
+    """Show the roles of a worker where Dask shows its resources."""
+    state = scheduler.workers.get(address)
+    if state is None:
+        return
+    wanted: dict[str, float] = {}
+    for (_, stage), share in shares.items():
+        if share > 0:
+            wanted[ROLE + stage] = round(wanted.get(ROLE + stage, 0.0) + share, 3)
+    present = {name: amount for name, amount in state.resources.items() if name.startswith(ROLE)}
+    if wanted == present or not shares:
+        return
+    for name in present:
+        del state.resources[name]
+        state.used_resources.pop(name, None)
+        scheduler.resources[name].pop(address, None)
+    for name, amount in wanted.items():
+        state.resources[name] = amount
+        state.used_resources[name] = 0
+        scheduler.resources.setdefault(name, {})[address] = amount

@@ -1,0 +1,58 @@
+"""What Dask's tasks say to the gate: whose they are, which stage they want, where their inputs lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dfdask.dispatch import Kind
+from dfdask.tags import STAGE
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler, TaskState
+
+
+def plain_key(parts: Any) -> Any:
+    return tuple(parts) if isinstance(parts, list) else parts
+
+
+def kind_of(key: Any) -> Kind:
+    stage, _, run = key[0].rpartition("-")
+    return run, stage
+
+
+def stage_name(key: Any) -> str:
+    return str(key[0].rpartition("-")[0])
+
+
+def stage_wanted(task: TaskState) -> str | None:
+    for resource in task.resource_restrictions or ():
+        if resource.startswith(STAGE):
+            return str(resource.removeprefix(STAGE))
+    return None
+
+
+def computed(startstops: Any) -> tuple[float, float]:
+    """When a task began to compute and for how long, by Dask's own account."""
+    for entry in startstops or ():
+        if entry["action"] == "compute":
+            return float(entry["start"]), float(entry["stop"] - entry["start"])
+    return time.time(), 0.0
+
+
+def bytes_by_worker(task: TaskState) -> Mapping[str, int]:
+    totals: dict[str, int] = {}
+    for dependency in task.dependencies:
+        for worker in dependency.who_has or ():
+            totals[worker.address] = totals.get(worker.address, 0) + max(dependency.nbytes, 1)
+    return totals
+
+
+def home_of(scheduler: Scheduler, task: TaskState) -> str | None:
+    """Where most of the task's input bytes are; a worker of another choice only if that one is gone."""
+    holders, running = bytes_by_worker(task), scheduler.running
+    able = [name for name in holders if scheduler.workers.get(name) in running]
+    if able:
+        return max(able, key=holders.__getitem__)
+    return next((worker.address for worker in running), None)
