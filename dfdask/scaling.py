@@ -143,8 +143,9 @@ def _wanted(frontier: Frontier, stay: Forecast, limits: Limits) -> tuple[Forecas
     affordable = [one for one in found if limits.budget is None or one.cost <= limits.budget]
     if not affordable:
         return _most_for_the_money(frontier, found, limits)
+    reason: Reason = "pays off"
     if limits.deadline_seconds is None:
-        chosen, reason = _fastest(frontier, affordable), "pays off"
+        chosen = _fastest(frontier, affordable)
     else:
         latest = limits.deadline_seconds * (1 - MARGIN)
         meeting = [one for one in affordable if one.seconds <= latest]
