@@ -8,7 +8,6 @@ lowered to what is left, so that they choose nobody.
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 import itertools
 import logging
@@ -158,7 +157,7 @@ class SpecBackend(Backend):
     def _spec(self, name: str, key: str) -> dict[str, Any] | None:
         """The model with the tags of its class, put where this kind of worker takes them; None: no host is free."""
         model = self._models[name]
-        options = copy.deepcopy({k: v for k, v in model.get("options", {}).items() if k != "hosts"})
+        options = {option: value for option, value in model.get("options", {}).items() if option != "hosts"}
         resources = dict(self.classes[name])
         origin = _origin(model["cls"])
         if origin == "distributed.deploy.ssh":
@@ -293,13 +292,13 @@ def backend_for(
     made: type[Backend]
     if isinstance(cluster, SpecCluster):
         made = SpecBackend
-    elif _origin(type(cluster)).startswith("dask_kubernetes."):
+    elif _origin(cluster.__class__).startswith("dask_kubernetes."):
         made = KubernetesBackend
-    elif _origin(type(cluster)).startswith("dask_gateway."):
+    elif _origin(cluster.__class__).startswith("dask_gateway."):
         made = GatewayBackend
     else:
         raise ClusterError(
-            f"scale: cannot start workers on a {type(cluster).__name__}; use a LocalCluster, SSHCluster, or one of "
+            f"scale: cannot start workers on a {cluster.__class__.__name__}; use a LocalCluster, SSHCluster, or one of "
             "dask-jobqueue, dask-kubernetes, dask-cloudprovider or dask-gateway"
         )
     return made(cluster, classes, options or {})

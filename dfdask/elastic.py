@@ -25,6 +25,7 @@ from dfdask.errors import SpecError
 from dfdask.fleets import Fleet, WorkerClass
 from dfdask.placement import Option, StageWork
 from dfdask.scaling import PATIENCE_SECONDS, Decision, Limits, State, decide
+from dfdask.spec import Scale
 
 logger = logging.getLogger("dfdask.elastic")
 
@@ -72,6 +73,12 @@ def adapt(
         cluster._adaptive.stop()
     cluster._adaptive = elastic  # which stops with the cluster
     return elastic
+
+
+def classes_of(scale: Scale) -> list[WorkerClass]:
+    """The classes that a job's ``scale`` names."""
+    most, least, price = scale.classes("max"), scale.classes("min"), scale.classes("price")
+    return [WorkerClass(name, int(most[name]), int(least[name]), price[name]) for name in most]
 
 
 @dataclass

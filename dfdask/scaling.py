@@ -80,7 +80,7 @@ class Decision:
             cost = f" for {self.cost:.2f}" if self.cost else ""
             stay = f"{duration(self.stay_seconds)} as it was" if math.isfinite(self.stay_seconds) else "never as it was"
             parts.append(f"ends in {duration(self.seconds)}{cost} ({stay})")
-        if self.limits.deadline_seconds is not None:
+        if self.limits.deadline_seconds is not None and self.reason != "idle":
             parts.append(f"deadline in {duration(max(self.limits.deadline_seconds, 0))}")
         if self.limits.budget is not None:
             parts.append(f"budget {max(self.limits.budget, 0):.2f}")

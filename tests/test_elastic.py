@@ -17,11 +17,13 @@ from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from fleet import until
 from forecaster import Forecaster
 
+import dfdask
 from dfdask import elastic as elastic_module
 from dfdask.cluster import SETTINGS
 from dfdask.elastic import adapt
 from dfdask.errors import ClusterError, SpecError
 from dfdask.fleets import WorkerClass
+from dfdask.gate import Gate
 
 SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
 
@@ -170,6 +172,37 @@ def test_workers_that_cannot_be_started_are_asked_for_again_later(
         until(lambda: "could not start 1 workers of class big" in caplog.text, 40, "the failure to be told")
         until(lambda: caplog.text.count("could not start") >= 2, 40, "another try")
         follower.stop()
+
+
+def test_a_job_brings_its_workers_up_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = Forecaster({"encode": {"worker": 0.01}, "denoise": {"worker": 0.1}, "write": {"worker": 0.01}})
+    start = Gate.start
+
+    async def started(gate: Gate, scheduler: Scheduler) -> None:
+        await start(gate, scheduler)
+        await tell.start(scheduler)
+
+    monkeypatch.setattr(Gate, "start", started)
+    job = {
+        "model": {"fake": {"stages": {"encode": 0.01, "denoise": 0.1}}},
+        "prompts": [f"prompt {number}" for number in range(60)],
+        "batch": 2,
+        "output": str(tmp_path / "run"),
+    }
+    run = dfdask.submit(job, scale={"max": 2, "price": 1.0, "budget": 5.0})
+    most = 0
+    while run.progress.phase == "running":
+        most = max(most, run.progress.workers)
+        time.sleep(0.1)
+    assert run.wait().progress.committed_items == 60
+    assert most == 2
+
+
+@pytest.mark.parametrize("where", [{"scheduler": "tcp://127.0.0.1:1"}, {"client": "plain"}])
+def test_a_job_cannot_scale_what_its_process_did_not_start(where: dict[str, Any], client: Client) -> None:
+    given = {"client": client} if "client" in where else where
+    with pytest.raises(SpecError, match="did not start the cluster and cannot grow it"):
+        dfdask.submit(model={"fake": {}}, prompts=["a"], scale={"max": 2}, **given)
 
 
 @pytest.mark.parametrize(
