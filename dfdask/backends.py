@@ -14,6 +14,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from distributed.core import Status
@@ -140,7 +141,13 @@ class SpecBackend(Backend):
 
     async def lost(self, name: str, workers: Sequence[str], present: set[str]) -> None:
         # Dask would wait for the same name; what took its place at the cloud or queue is a new worker anyway.
-        await self.stop(name, workers, 0, present)
+        for key in [key for key in self._class if self._worker_name(key) in set(workers)]:
+            self.cluster.worker_spec.pop(key, None)
+            del self._class[key]
+            process = self.cluster.workers.pop(key, None)
+            if process is not None:
+                with suppress(Exception):  # it is gone, and some complain that they cannot end it
+                    await process.close()
 
     def _worker_name(self, key: Any) -> str:
         """As the scheduler knows it: machines of dask-cloudprovider choose their own."""

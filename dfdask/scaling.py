@@ -138,6 +138,10 @@ def _wanted(frontier: Frontier, stay: Forecast, limits: Limits) -> tuple[Forecas
     if allowed and _is_good(frontier, stay, limits):
         return stay, "as it is"
     found = [one for one in frontier.candidates(limits.deadline_seconds is None) if math.isfinite(one.seconds)]
+    if not found and limits.deadline_seconds is None:
+        # Nobody is there and nobody pays off, but somebody has to do it: the cheapest.
+        able = [one for one in frontier.candidates(False) if math.isfinite(one.seconds)]
+        found = [min(able, key=lambda one: (frontier.weight(one), sum(one.counts.values())))] if able else []
     if not found:
         return Forecast(least, math.inf, 0.0), "impossible"
     affordable = [one for one in found if limits.budget is None or one.cost <= limits.budget]

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, create_autospec
 
-import cloudpickle
 import dask
-import forecaster
 import psutil
 import pytest
-import test_elastic
 from distributed import Client
-from fleet import until
+from fleet import ROOT, until
 from forecaster import Forecaster
 from test_elastic import by_class, submit
 
@@ -39,18 +36,18 @@ WAIT = 120.0  # a worker's Python takes long to start on a busy machine
 BIG = [WorkerClass("big", 2, 0, 1.0, 2.0)]
 
 
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are programs of their own find the tests' modules too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+
+
 @contextmanager
 def watched(cluster: Any) -> Iterator[Client]:
-    """A client of the cluster, whose scheduler tells what is left. Its processes do not have the tests' modules."""
-    for module in (forecaster, test_elastic):
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        with Client(cluster) as client:
-            client.register_plugin(Forecaster(SECONDS))
-            yield client
-    finally:
-        for module in (forecaster, test_elastic):
-            cloudpickle.unregister_pickle_by_value(module)
+    """A client of the cluster, whose scheduler tells what is left."""
+    with Client(cluster) as client:
+        client.register_plugin(Forecaster(SECONDS))
+        yield client
 
 
 def follows(cluster: Any, client: Client, folder: Path, **how: Any) -> None:
@@ -90,8 +87,9 @@ def test_dask_jobqueue_runs_a_job_for_each_worker_and_replaces_one_that_is_lost(
         follower = adapt(cluster, BIG, deadline=9.0, interval=0.3, patience=3.0)
         futures = submit(client, tmp_path, 120, 0.1)
         until(lambda: len(cluster.workers) == 2 and by_class(cluster)["big"] == 2, WAIT, "two jobs")
-        key, job = next(iter(cluster.workers.items()))
-        for process in [*psutil.Process(int(job.job_id)).children(recursive=True), psutil.Process(int(job.job_id))]:
+        key = next(iter(cluster.workers))
+        nanny = psutil.Process(int(cluster.workers[key].job_id))
+        for process in [*nanny.children(recursive=True), nanny]:
             process.send_signal(signal.SIGKILL)  # as a queue does to a job that is pre-empted
         until(lambda: key not in cluster.worker_spec, WAIT, "the job to be given up")
         assert client.gather(futures) == list(range(120))

@@ -167,6 +167,13 @@ def test_nobody_is_started_for_work_that_is_over_before() -> None:
     assert short.counts["big"] == 1 and long.counts["big"] == 8
 
 
+def test_somebody_does_even_the_shortest_work() -> None:
+    kinds = [WorkerClass("big", 8, 0, 4.0, startup_seconds=60.0)]
+    decision, _ = decide(work(3, big=1.0), kinds, Fleet(), Limits(), State(), 0.0)
+    assert decision.counts["big"] == 1
+    assert decide(work(3, big=1.0), kinds, Fleet(), Limits(budget=1.0), State(), 0.0)[0].counts["big"] == 1
+
+
 def test_no_more_workers_than_there_are_batches() -> None:
     kinds = [WorkerClass("big", 200, 0, startup_seconds=0.0)]
     decision, _ = decide(work(16, batch=4, big=1.0), kinds, Fleet(), Limits(), State(), 0.0)
