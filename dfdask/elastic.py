@@ -24,8 +24,8 @@ from dfdask.backends import Backend, backend_for, class_resources
 from dfdask.errors import SpecError
 from dfdask.fleets import Fleet, WorkerClass
 from dfdask.placement import Option, StageWork
+from dfdask.scale_spec import Scale
 from dfdask.scaling import PATIENCE_SECONDS, Decision, Limits, State, decide
-from dfdask.spec import Scale
 
 logger = logging.getLogger("dfdask.elastic")
 

@@ -11,7 +11,8 @@ from dfdask.errors import ClusterError, SpecError
 if TYPE_CHECKING:
     from distributed import Client
 
-    from dfdask.spec import JobSpec, Scale
+    from dfdask.scale_spec import Scale
+    from dfdask.spec import JobSpec
 
 
 class JobCluster:
