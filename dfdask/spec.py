@@ -37,6 +37,7 @@ from dfdask.arguments import (
 from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
+from dfdask.scale_spec import Scale
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Name = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -177,6 +178,7 @@ class JobSpec(_Part):
         ]
         | None
     ) = Field(default=None, examples=[2])
+    scale: Scale | None = Field(default=None, examples=["{max: 8}"])
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
@@ -221,6 +223,12 @@ class JobSpec(_Part):
         if problems:
             raise problem(*problems)
         return checked
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.scale is not None and self.workers is not None:
+            raise problem((("workers",), f"cannot be fixed beside `scale`, got {shown(self.workers)}; leave one out"))
+        return self
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> JobSpec:
@@ -365,4 +373,6 @@ def _part_at(path: tuple[str | int, ...]) -> type[BaseModel]:
         return PromptFile
     if path[:1] == ("model",):
         return FakeModel if len(path) == 1 else FakeStages
+    if path[:1] == ("scale",):
+        return Scale
     return WorkerGroup if path[:1] == ("workers",) else JobSpec

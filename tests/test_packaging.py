@@ -28,10 +28,10 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
-    "values": {"spec", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
+    "values": {"spec", "scale_spec", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
-        *("cost", "fluid", "placement", "dispatch", "controller"),
+        *("cost", "fluid", "placement", "dispatch", "controller", "fleets", "scaling"),
         *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"stages", "bundled"},
     "dask": {
         *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
-        *("gate", "roles", "stage_tasks", "telemetry", "cost_file"),
+        *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
     },
     "tools": {"simulate"},
     "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
