@@ -310,6 +310,7 @@ def _create(
         **facts,
         "stages": list(checked.stages),
         "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
+        "lossy": list(spec.speed.lossy),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     columns = {**table.columns(), **_size_columns(checked.output.sizes)}

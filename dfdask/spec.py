@@ -38,6 +38,7 @@ from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
 from dfdask.scale_spec import Scale
+from dfdask.speed import Quantization, Speed
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Name = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -171,6 +172,7 @@ class JobSpec(_Part):
     shard: Count | None = Field(default=None, examples=[64])
     strict: StrictBool = Field(default=False, examples=["true"])
     priority: Annotated[float, Field(gt=0, strict=True)] = Field(default=1.0, examples=[2.0])
+    speed: Speed = Field(default=Speed(), examples=["{compile: true}"])
     workers: (
         Annotated[
             Annotated[Count, Tag("<count>")] | Annotated[list[WorkerGroup], Field(min_length=1), Tag("<groups>")],
@@ -295,7 +297,10 @@ class JobSpec(_Part):
             "shard",
             "strict",
         )
-        return self.model_dump(mode="json", include=set(names))
+        chosen = self.model_dump(mode="json", include=set(names))
+        if self.speed != Speed():  # runs that were made before there was a choice stay what they are
+            chosen["speed"] = self.speed.model_dump(mode="json", exclude_defaults=True)
+        return chosen
 
     @classmethod
     def _made(cls, fields: Mapping[str, Any], source: str, lines: Lines) -> JobSpec:
@@ -375,4 +380,6 @@ def _part_at(path: tuple[str | int, ...]) -> type[BaseModel]:
         return FakeModel if len(path) == 1 else FakeStages
     if path[:1] == ("scale",):
         return Scale
+    if path[:1] == ("speed",):
+        return Speed if len(path) == 1 else Quantization
     return WorkerGroup if path[:1] == ("workers",) else JobSpec

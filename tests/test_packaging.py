@@ -28,10 +28,10 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
-    "values": {"spec", "scale_spec", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
+    "values": {"spec", "scale_spec", "speed", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
-        *("cost", "fluid", "placement", "dispatch", "controller", "fleets", "scaling"),
+        *("cost", "fluid", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
         *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {

@@ -27,8 +27,10 @@ import numpy as np
 from dfdask.batching import call_key, is_batchable
 from dfdask.errors import ModelError
 from dfdask.items import Item
+from dfdask.speed import Speed
 from dfdask.stages.batch import Rows, map_entries
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
+from dfdask.stages.speed import apply, load_quantized, reset_caches
 
 _ABSENT = object()
 
@@ -103,7 +105,7 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
     loaded: dict[str, Any] = {}
     for part in parts:
         try:
-            loaded[part.name] = _component(folder, part, stage, dtype, device)
+            loaded[part.name] = _component(folder, part, stage, dtype, device, ref.speed)
         except ModelError:
             raise
         except Exception as error:
@@ -141,6 +143,7 @@ class PipelineStage:
         self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
         self._pipeline = open_pipeline(ref, stage, self._device)
+        apply(ref.speed, self._pipeline, ref.strict)
         self._single: dict[str, Any] = {}  # by kind of call: the shapes of what one item is encoded to
         self._run: Callable[[Sequence[Item], Any], Any] = {
             "encode": self._encode,
@@ -149,11 +152,18 @@ class PipelineStage:
             WHOLE: self._whole,
         }[stage]
 
+    @property
+    def pipeline(self) -> Any:
+        return self._pipeline
+
     def run(self, items: Sequence[Item], state: Any) -> Any:
         import torch
 
         with self._lock, torch.no_grad():
-            return self._run(items, state)
+            try:
+                return self._run(items, state)
+            finally:
+                reset_caches(self._pipeline)
 
     def _encode(self, items: Sequence[Item], state: Any) -> Any:
         found = self._encoded(items)
@@ -255,7 +265,7 @@ def _hush() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _component(folder: Path, part: Component, stage: str | None, dtype: Any, device: str) -> Any:
+def _component(folder: Path, part: Component, stage: str | None, dtype: Any, device: str, speed: Speed) -> Any:
     import torch
     from accelerate import init_empty_weights
 
@@ -271,8 +281,11 @@ def _component(folder: Path, part: Component, stage: str | None, dtype: Any, dev
         return kind.from_pretrained(home, **closed)
     if stage in (part.stage, WHOLE):
         option = "torch_dtype" if part.library == "diffusers" else "dtype"
-        model = kind.from_pretrained(home, use_safetensors=True, **{option: dtype}, **closed)
-        return model.eval().to(device)
+        settings = {option: dtype, "use_safetensors": True, **closed}
+        if part.name in speed.quantize:
+            return load_quantized(kind, home, part.name, part.library, speed.quantize[part.name], settings).eval()
+        model = kind.from_pretrained(home, **settings)
+        return model.eval()  # in host memory: what brings it to the device is residency
     with init_empty_weights(include_buffers=False):
         if part.library == "diffusers":
             model = kind.from_config(kind.load_config(home))
@@ -367,6 +380,9 @@ class _Shape:
 
     def __getitem__(self, part: slice) -> _Shape:
         return _Shape((len(range(self.shape[0])[part]), *self.shape[1:]), self.dtype)
+
+    def joined(self, other: _Shape) -> _Shape:
+        return _Shape((self.shape[0] + other.shape[0], *self.shape[1:]), self.dtype)
 
 
 def _stand_ins(value: Any, device: str) -> Any:

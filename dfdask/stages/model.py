@@ -11,6 +11,7 @@ from typing import Any
 
 from dfdask.errors import ModelError
 from dfdask.spec import FakeStages, JobSpec
+from dfdask.speed import Speed
 
 WHOLE = "generate"  # the only stage of a pipeline that has no cut points
 _SAMPLED_BYTES = 1 << 16
@@ -30,6 +31,7 @@ class ModelRef:
     strict: bool
     revision: str | None = None
     fake: FakeStages | None = None
+    speed: Speed = Speed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,13 @@ def model_ref(spec: JobSpec) -> ModelRef:
         source = str(Path(source).resolve())
     folder = locate(source, spec.revision)
     check_parts(folder)
-    return ModelRef(source, digest(folder), spec.dtype, spec.device, spec.strict, spec.revision)
+    return ModelRef(source, digest(folder), spec.dtype, spec.device, spec.strict, spec.revision, speed=spec.speed)
 
 
 def with_defaults(spec: JobSpec) -> JobSpec:
-    """``spec`` with the arguments that the bundled model is made for, where the job has none of its own."""
+    """``spec`` with what it leaves open: bfloat16 on CUDA, and the arguments that the bundled model is made for."""
+    if spec.device == "cuda" and "dtype" not in spec.model_fields_set:
+        spec = spec.replace(dtype="bfloat16")
     if spec.model != "bundled":
         return spec
     from dfdask.bundled import ARGUMENTS
