@@ -26,7 +26,8 @@ class Weights:
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, unified: bool) -> None:
         self.name = name
-        self.module = module.eval().requires_grad_(False)
+        # Parameters keep their requires_grad: without it some CPU kernels are others, and so are the last bits.
+        self.module = module.eval()
         self._device = device
         self._unified = unified
         self._packed = False
