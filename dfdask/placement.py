@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -118,7 +118,7 @@ def place(works: Sequence[StageWork], devices: Sequence[Device], margin: float =
         for place, work in enumerate(works)
         if work.items > 0 and not any(place in table for table in fleet.fastest.values())
     )
-    stay = fleet.judge([fleet.present(device) for device in devices])
+    stay = fleet.judge(fleet.present)
     if not any(fleet.fastest.values()):
         return Placement({device.name: () for device in devices}, "none", {}, {}, impossible, 0.0, 0.0)
     candidates: dict[str, Callable[[], _Sets | None]] = {
@@ -173,6 +173,17 @@ class _Fleet:
             place: sum(shares.get(place, 0.0) for shares in self.bound.shares) for place in range(len(works))
         }
         self._places = {(work.job, work.stage): place for place, work in enumerate(works)}
+        # Devices of a large fleet are of few kinds: what holds for one is looked up for the others.
+        known: dict[tuple[_Class, tuple[tuple[str, str], ...], frozenset[str]], tuple[tuple[int, ...], ...]] = {}
+        self.present: _Sets = []
+        self._held: _Sets = []
+        for device in devices:
+            key = (_class(device), device.runs, device.holds)
+            if key not in known:
+                known[key] = self._present(device), self._holds(device)
+            present, held = known[key]
+            self.present.append(present)
+            self._held.append(held)
 
     def _fastest(self, kind: _Class) -> dict[int, Option]:
         name, memory = kind
@@ -183,7 +194,7 @@ class _Fleet:
                 found[place] = min(fitting, key=lambda option: option.seconds_per_item)
         return found
 
-    def present(self, device: Device) -> tuple[int, ...]:
+    def _present(self, device: Device) -> tuple[int, ...]:
         able = self.fastest[_class(device)]
         places = (self._places.get(pair) for pair in device.runs)
         return tuple(sorted(place for place in places if place is not None and place in able))
@@ -244,29 +255,30 @@ class _Fleet:
         """Give ``counts`` devices to each stage: those that run it, then those that hold it. Returns the others."""
         wanted = {place: count for place, count in counts.items() if count}
         free = list(members)
-        for suits in (self._runs_only, self._runs, self._holds, lambda number: list(wanted)):
+        for suits in (self._runs_only, self.present.__getitem__, self._held.__getitem__, lambda number: list(wanted)):
             left = []
             for number in free:
-                place = next((place for place in suits(number) if wanted.get(place)), None)
-                if place is None:
-                    left.append(number)
+                for place in suits(number) if wanted else ():
+                    if place in wanted:
+                        sets[number] = (place,)
+                        wanted[place] -= 1
+                        if not wanted[place]:
+                            del wanted[place]
+                        break
                 else:
-                    sets[number] = (place,)
-                    wanted[place] -= 1
+                    left.append(number)
             free = left
         return free
 
     def _runs_only(self, number: int) -> Sequence[int]:
-        present = self.present(self.devices[number])
+        present = self.present[number]
         return present if len(present) == 1 else ()
 
-    def _runs(self, number: int) -> Sequence[int]:
-        return self.present(self.devices[number])
-
-    def _holds(self, number: int) -> Sequence[int]:
-        device = self.devices[number]
+    def _holds(self, device: Device) -> tuple[int, ...]:
         able = self.fastest[_class(device)] if device.holds else {}
-        return [place for place, option in able.items() if option.weights and device.holds >= option.weights.keys()]
+        return tuple(
+            place for place, option in able.items() if option.weights and device.holds >= option.weights.keys()
+        )
 
     def _wrap(self, kind: _Class, free: list[int], parts: Mapping[int, float], sets: _Sets) -> None:
         """Lay the parts end to end and cut at every device: at most one more piece than there are devices."""
@@ -285,7 +297,7 @@ class _Fleet:
                 part -= taken
                 used += taken
         for piece in pieces:
-            chosen = max(free, key=lambda number: len({*piece} & {*self._runs(number)}))
+            chosen = max(free, key=lambda number: len({*piece} & {*self.present[number]}))
             sets[chosen] = piece
             free.remove(chosen)
 
@@ -310,7 +322,8 @@ class _Fleet:
         rows = []
         for key, members in groups.items():
             cell = cells[key]
-            lost = sum(_load_seconds(cell.options.values(), self.devices[number].holds) for number in members)
+            held = Counter(self.devices[number].holds for number in members)
+            lost = sum(count * _load_seconds(cell.options.values(), holds) for holds, count in held.items())
             lost += cell.turns_seconds * len(members)
             part = min(lost / self.horizon_seconds, 0.99 * len(members)) if self.horizon_seconds else 0.0
             seconds = {place: option.seconds_per_item for place, option in cell.options.items()}
