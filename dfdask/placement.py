@@ -12,31 +12,17 @@ import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from dfdask.capacity import Option as Option  # part of this interface
+from dfdask.capacity import fits, load_seconds
 from dfdask.fluid import Demand, Flow, Group, best_flow, fastest_seconds
 
 MARGIN = 0.03
 """The part by which a change must be better than none."""
 _MOST_COMBINATIONS = 256
 _NOTHING = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way to run a stage on a class of devices.
-
-    ``weights`` are the bytes that each component keeps on the device, ``working_bytes`` what a batch needs beside
-    them; ``load_seconds`` brings all weights there.
-    """
-
-    seconds_per_item: float
-    batch: int = 1
-    weights: Mapping[str, int] = field(default_factory=dict)
-    working_bytes: int = 0
-    load_seconds: float = 0.0
-    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +107,15 @@ def place(works: Sequence[StageWork], devices: Sequence[Device], margin: float =
     stay = fleet.judge(fleet.present)
     if not any(fleet.fastest.values()):
         return Placement({device.name: () for device in devices}, "none", {}, {}, impossible, 0.0, 0.0)
+    policy, best = "as it is", stay
     candidates: dict[str, Callable[[], _Sets | None]] = {
         "shared": fleet.shared,
         "whole workers": fleet.whole_workers,
         "whole models": fleet.whole_models,
     }
-    policy, best = "as it is", stay
     for name, propose in candidates.items():
+        if fleet.bound.score <= best.score * (1 + margin if policy == "as it is" else 1):
+            break  # nothing can be better by enough
         sets = propose()
         if sets is not None:
             judged = fleet.judge(sets)
@@ -189,7 +177,7 @@ class _Fleet:
         name, memory = kind
         found = {}
         for place, work in enumerate(self.works):
-            fitting = [option for option in work.options.get(name, ()) if _fits([option], memory)]
+            fitting = [option for option in work.options.get(name, ()) if fits([option], memory)]
             if work.items > 0 and fitting:
                 found[place] = min(fitting, key=lambda option: option.seconds_per_item)
         return found
@@ -312,9 +300,13 @@ class _Fleet:
         cells = {key: cell or _Cell(self._options(*key)) for key, cell in together.items()}
         flow = self._flow(groups, cells)
         if not all(together.values()):
+            rates: dict[int, float] = defaultdict(float)
+            for key, shares in zip(groups, flow.shares, strict=True):
+                for place, share in shares.items():
+                    rates[place] += share / cells[key].options[place].seconds_per_item
             for (key, members), shares in zip(groups.items(), flow.shares, strict=True):
                 if together[key] is None:
-                    cells[key] = self._cheapest(key, shares, len(members))
+                    cells[key] = self._cheapest(key, shares, rates, len(members))
             flow = self._flow(groups, cells)
         return _Judged(groups, cells, flow)
 
@@ -323,7 +315,7 @@ class _Fleet:
         for key, members in groups.items():
             cell = cells[key]
             held = Counter(self.devices[number].holds for number in members)
-            lost = sum(count * _load_seconds(cell.options.values(), holds) for holds, count in held.items())
+            lost = sum(count * load_seconds(cell.options.values(), holds) for holds, count in held.items())
             lost += cell.turns_seconds * len(members)
             part = min(lost / self.horizon_seconds, 0.99 * len(members)) if self.horizon_seconds else 0.0
             seconds = {place: option.seconds_per_item for place, option in cell.options.items()}
@@ -333,21 +325,24 @@ class _Fleet:
     def _together(self, kind: _Class, places: tuple[int, ...]) -> _Cell | None:
         """All stages at once with their fastest options, or None where memory is short."""
         options = self._options(kind, places)
-        return _Cell(options) if _fits(options.values(), kind[1]) else None
+        return _Cell(options) if fits(options.values(), kind[1]) else None
 
     def _options(self, kind: _Class, places: tuple[int, ...]) -> dict[int, Option]:
         return {place: self.fastest[kind][place] for place in places}
 
-    def _cheapest(self, key: _Key, shares: Mapping[int, float], members: int) -> _Cell:
+    def _cheapest(self, key: _Key, shares: Mapping[int, float], rates: Mapping[int, float], members: int) -> _Cell:
         """Turns with the fastest options, or slower options that fit side by side: what loses less time."""
         (name, memory), places = key
         fastest = self._options(*key)
-        items = {
-            place: min(self.works[place].items, self.horizon_seconds * shares.get(place, 0.0) / option.seconds_per_item)
-            / members
+        items = {  # of each member until the end: its part of the rate that all have together
+            place: self.works[place].items * shares[place] / option.seconds_per_item / rates[place] / members
+            if place in shares
+            else 0.0
             for place, option in fastest.items()
         }
-        cycles = max((math.ceil(items[place] / self.works[place].ahead_items) for place in places), default=1)
+        cycles = max(
+            (math.ceil(items[place] / self.works[place].ahead_items - _NOTHING) for place in places), default=1
+        )
         once = sum(option.load_seconds for option in fastest.values())
         turns = _Cell(fastest, max(cycles - 1, 0) * once)
         best, lost = turns, turns.turns_seconds
@@ -359,7 +354,7 @@ class _Fleet:
                     items[place] * (option.seconds_per_item - fastest[place].seconds_per_item)
                     for place, option in options.items()
                 )
-                if more < lost and _fits(combination, memory):
+                if more < lost and fits(combination, memory):
                     best, lost = _Cell(options), more
         return best
 
@@ -373,7 +368,7 @@ class _Fleet:
             own = sorted(shares, key=lambda place: -shares[place])
             options = {place: judged.cells[key].options[place] for place in own}
             for place in sorted(self.fastest[kind], key=lambda place: -self._needs[place]):
-                if place not in options and _fits([*options.values(), self.fastest[kind][place]], kind[1]):
+                if place not in options and fits([*options.values(), self.fastest[kind][place]], kind[1]):
                     options[place] = self.fastest[kind][place]
             roles = tuple(
                 Role(self.works[place].job, self.works[place].stage, shares.get(place, 0.0) / len(members), option)
@@ -385,24 +380,3 @@ class _Fleet:
 
 def _class(device: Device) -> _Class:
     return device.device_class, device.memory_bytes
-
-
-def _fits(options: Iterable[Option], memory_bytes: int) -> bool:
-    weights: dict[str, int] = {}
-    working = 0
-    for option in options:
-        for name, size in option.weights.items():
-            weights[name] = max(size, weights.get(name, 0))
-        working = max(working, option.working_bytes)
-    return sum(weights.values()) + working <= memory_bytes
-
-
-def _load_seconds(options: Iterable[Option], holds: frozenset[str]) -> float:
-    total = 0.0
-    loaded = set(holds)
-    for option in options:
-        missing = sum(size for name, size in option.weights.items() if name not in loaded)
-        if missing:
-            total += option.load_seconds * missing / sum(option.weights.values())
-        loaded.update(option.weights)
-    return total

@@ -41,12 +41,11 @@ class Simulation:
         depth: int = 2,
         tick_seconds: float = 0.5,
         arrivals: Mapping[str, Sequence[float]] | None = None,
+        restart_seconds: float = 0.0,
     ) -> None:
-        self._seconds, self._decide, self._tick = (
-            seconds,
-            decide or (lambda controller, _: controller.decide()),
-            tick_seconds,
-        )
+        """``restart_seconds``: what a change of own roles costs, and all weights with it; the first is free."""
+        self._seconds, self._tick, self._restart = seconds, tick_seconds, restart_seconds
+        self._decide: Decide = decide or (lambda controller, _: controller.decide())
         self._jobs = {job.name: job for job in jobs}
         self._facts = {(job.name, stage.name): stage for job in jobs for stage in job.stages}
         self._following = {
@@ -58,6 +57,8 @@ class Simulation:
         self._holds: dict[str, dict[str, int]] = {device.name: dict.fromkeys(device.holds, 0) for device in devices}
         self._queue: dict[str, list[tuple[Hashable, Kind]]] = {device.name: [] for device in devices}
         self._busy: dict[str, bool] = dict.fromkeys(self._devices, False)
+        self._roles: dict[str, Seat] = dict.fromkeys(self._devices, Seat())
+        self._restarts: set[str] = set()
         self._batches: dict[Hashable, range] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -93,6 +94,14 @@ class Simulation:
         self.outcome.seconds = self.now
         return self.outcome
 
+    def busy_seconds(self, worker: str) -> float:
+        """What the worker has computed by now, up to the end of the task that it is at."""
+        return self.outcome.busy_seconds[worker]
+
+    def waiting_tasks(self, kind: Kind) -> int:
+        """Tasks that are ready and not with a worker."""
+        return -(-self._dispatcher.ready_items(kind) // self._jobs[kind[0]].batch)
+
     def _at(self, when: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._count), act))
 
@@ -109,6 +118,9 @@ class Simulation:
         decision = self._decide(self.controller, self.now)
         for name, seat in decision.seats.items():
             self._dispatcher.seat(name, seat)
+            before, self._roles[name] = self._roles[name], seat
+            if self._restart and before.own and seat.own and before.own != seat.own:
+                self._restarts.add(name)
             if seat.own and not self._busy[name]:
                 self._prepare(name, seat.own[0])
         if decision.seats:
@@ -164,6 +176,11 @@ class Simulation:
     def _load(self, worker: str, kind: Kind) -> float:
         """Bring a stage's components to the device; the ones that were used longest ago make room."""
         facts, device, held = self._facts[kind], self._devices[worker], self._holds[worker]
+        restart = 0.0
+        if worker in self._restarts and kind in (self._roles[worker].own or ()):  # what it was given before is done
+            self._restarts.remove(worker)
+            restart = self._restart
+            held.clear()
         missing = sum(size for name, size in facts.weights.items() if name not in held)
         for name in facts.weights:
             held.pop(name, None)
@@ -173,6 +190,7 @@ class Simulation:
         held.update(dict.fromkeys(facts.weights, 0))
         self.controller.holds(worker, frozenset(held))
         if not missing:
-            return 0.0
+            return restart
         self.outcome.loads += 1
-        return facts.load_seconds.get(device.device_class, 0.0) * missing / sum(facts.weights.values())
+        load = facts.load_seconds.get(device.device_class, 0.0) * missing / sum(facts.weights.values())
+        return restart + load

@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "values": {"spec", "scale_spec", "speed", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
-        *("cost", "fluid", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
+        *("cost", "fluid", "capacity", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
         *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
