@@ -202,7 +202,7 @@ class Dispatcher:
         hold most of the inputs.
         """
         found = self._round(holders, own=True)
-        while self._change_turns():
+        while self._change_turns() or self._feed():
             found += self._round(holders, own=True)
         return found + self._round(holders, own=False)
 
@@ -318,6 +318,32 @@ class Dispatcher:
                 self._shelve(worker)
                 changed = True
         return changed
+
+    def _feed(self) -> bool:
+        """A turn ends early where a stage that nobody is at would give work to others that run out of it."""
+        hungry = [kind for kind in self._next if self._hungry(kind)] if self._turners else ()
+        for kind in hungry:
+            for worker in self._turners:
+                if kind in (self._seats[worker].own or ()) and worker not in self._paused:
+                    self._unshelve(worker)
+                    feeds = self._hungry(kind)  # without this worker: it does not leave work to feed itself
+                    if feeds:
+                        self._turn[worker] = kind
+                    self._shelve(worker)
+                    if feeds:
+                        return True
+        return False
+
+    def _hungry(self, kind: Kind) -> bool:
+        """Work of ``kind`` waits, nobody is at it, and who is at the following stage runs out of work."""
+        following = self._next.get(kind)
+        return (
+            following is not None
+            and self.startable_items(kind) > 0
+            and not self._ready_items[following]
+            and not any(ability.owns(kind) for ability in self._free)
+            and any(ability.owns(following) and any(levels[: self.depth]) for ability, levels in self._free.items())
+        )
 
     # -- workers by ability and load
 

@@ -76,6 +76,25 @@ def test_one_worker_alone_does_one_stage_after_the_other() -> None:
     assert outcome.seconds == pytest.approx(0.6 * ITEMS + 6)
 
 
+def test_a_turn_ends_early_where_others_run_out_of_work() -> None:
+    """Items arrive one by one: seven workers draw, the eighth encodes and decodes for them in between."""
+    costs = {"encode": 0.2, "denoise": 25.0, "decode": 0.5}
+    stages = tuple(StageFacts(stage, {stage: 1}, 0, {"slow": 2.0}) for stage in costs)
+    total = sum(costs.values()) * 400 / 8
+    simulation = Simulation(
+        [JobFacts("job", "model", stages, 400)],
+        fleet(8, 1),
+        lambda kind, item, device_class, now: costs[kind[1]],
+        tick_seconds=5,
+        arrivals={"job": [total * item / 400 for item in range(400)]},
+    )
+    for stage, cost in costs.items():
+        simulation.controller.costs.observe("model", stage, "slow", TaskWork(1), cost)
+    outcome = simulation.run()
+    assert len(outcome.done) == 400
+    assert total / outcome.seconds > 0.9  # seven at denoising alone could not do better than 0.9
+
+
 def test_what_waits_is_limited() -> None:
     simulation = Simulation([job(load_seconds=2.0, ahead=100)], fleet(1, 1), seconds, tick_seconds=10)
     outcome = simulation.run()
