@@ -4,15 +4,18 @@ A task's seconds are modelled as ``fixed + per_item * items + linear_flops / a +
 would take by the prior is a feature; the model learns one factor for each by Bayesian linear regression on
 relative errors (Bishop, Pattern Recognition and Machine Learning, 2006, section 3.3), with exponential
 forgetting, Student-t weights against outliers (Lange, Little and Taylor, JASA 84, 1989) and a fresh start where
-several tasks in a row disagree. Pure: no clock, no files.
+several tasks in a row disagree. Pure: no clock, no files but the measured rates that come with the package.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,16 @@ class Prediction:
 
     seconds: float
     deviation_seconds: float
+
+
+@cache
+def measured_rates() -> dict[str, DeviceRates]:
+    """By a part of the device's name, such as ``H100``; ``device_rates.json`` says where each comes from."""
+    table = json.loads(files("dfdask").joinpath("device_rates.json").read_text(encoding="utf-8"))
+    return {
+        name: DeviceRates(**{key: float(value) for key, value in entry.items() if key != "source"})
+        for name, entry in table.items()
+    }
 
 
 def roofline_seconds(work: TaskWork, rates: DeviceRates) -> float:
@@ -148,21 +161,28 @@ class StageModel:
 
 
 class CostModel:
-    """Predictions for all stages; ``rates`` by device class are the prior's, as far as they are known."""
+    """Predictions for all stages; ``rates`` are the prior's, by a part of the device class's name.
+
+    They are the measured ones unless others are given.
+    """
 
     def __init__(self, rates: Mapping[str, DeviceRates] | None = None) -> None:
-        self.rates = dict(rates or {})
+        self.rates = dict(measured_rates() if rates is None else rates)
         self._models: dict[tuple[str, str, str], StageModel] = {}
+
+    def rates_of(self, device_class: str) -> DeviceRates | None:
+        """The prior's rates, or None where nothing is known of such a device."""
+        named = (rates for name, rates in self.rates.items() if name.lower() in device_class.lower())
+        return next(named, None)
 
     def predict(self, model: str, stage: str, device_class: str, work: TaskWork) -> Prediction:
         """``model`` is what the stage's time depends on beside its work: a digest, a dtype."""
-        rates = self.rates.get(device_class)
-        features = terms(work, rates)
+        features = terms(work, self.rates_of(device_class))
         return self._model(model, stage, device_class, features).predict(features)
 
     def observe(self, model: str, stage: str, device_class: str, work: TaskWork, seconds: float) -> None:
         """A task of this work took ``seconds`` on the device, transfers left out."""
-        features = terms(work, self.rates.get(device_class))
+        features = terms(work, self.rates_of(device_class))
         self._model(model, stage, device_class, features).observe(features, seconds)
 
     def count(self, model: str, stage: str, device_class: str) -> int:

@@ -257,4 +257,4 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     inside = {name for name in names if name.startswith("dfdask/")}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     data = {str(path.relative_to(ROOT)) for path in (PACKAGE / "bundled" / "model").rglob("*") if path.is_file()}
-    assert inside == sources | data | {"dfdask/py.typed"}
+    assert inside == sources | data | {"dfdask/py.typed", "dfdask/device_rates.json"}
