@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,12 @@ class StageModel:
     def predict(self, features: Vector) -> Prediction:
         seconds = max(float(features @ self.mean), _FLOOR_SECONDS)
         spread = float(features @ np.linalg.solve(self.precision, features))
-        return Prediction(seconds, math.sqrt(max(spread, 0.0) + (NOISE * seconds) ** 2))
+        return Prediction(seconds, math.sqrt(max(spread, 0.0) + (self._noise * seconds) ** 2))
+
+    @property
+    def _noise(self) -> float:
+        """The relative deviation of equal tasks: what is seen, if that is more than an idle device has."""
+        return max(NOISE, 1.25 * self.error) if self.count > _WINDOW and math.isfinite(self.error) else NOISE
 
     def observe(self, features: Vector, seconds: float) -> None:
         """Learn from one task that took ``seconds``; anything but a positive number is ignored."""
@@ -134,30 +140,36 @@ class StageModel:
         if self._has_changed():
             recent = list(self.recent)
             self.recent.clear()
-            # What held before says where to start and no more: the tasks of the new kind outweigh it.
+            # What held before says where to start and no more: the tasks of the new kind outweigh it. Its error
+            # says nothing of them; how much they differ from each other does.
+            middle = median(missed for *_, missed in recent)
             self.precision = self.prior_precision * 0.01
+            self.error = mean(abs(missed - middle) for *_, missed in recent)
             for old, took, _ in recent:
-                self._update(old, took, 1.0)
+                self._update(old, took, 1.0, took)
             return
-        self._update(features, seconds, self._weight(seconds, expected) if self.count > 2 else 1.0)
+        # In units of what is expected: in those of what is seen, quick tasks would count for more than slow ones.
+        unit = expected.seconds if self.count > _WINDOW else seconds
+        self._update(features, seconds, self._weight(seconds, expected) if self.count > 2 else 1.0, unit)
 
     def _has_changed(self) -> bool:
         missed = [error for *_, error in self.recent]
-        return len(missed) == _WINDOW and (min(missed) > _CHANGED or max(missed) < -_CHANGED)
+        least = max(_CHANGED, self.error) if math.isfinite(self.error) else _CHANGED
+        return len(missed) == _WINDOW and (min(missed) > least or max(missed) < -least)
 
     @staticmethod
     def _weight(seconds: float, expected: Prediction) -> float:
         distance = (seconds - expected.seconds) / expected.deviation_seconds
         return (_FREEDOM + 1) / (_FREEDOM + distance**2)
 
-    def _update(self, features: Vector, seconds: float, weight: float) -> None:
-        scaled = features / seconds
-        gain = weight / NOISE**2
+    def _update(self, features: Vector, seconds: float, weight: float, unit: float) -> None:
+        scaled = features / unit
+        gain = weight / self._noise**2
         # What is forgotten gives way to the prior's doubt, or what is never observed would become singular.
         held = self.precision * _FORGETTING + self.prior_precision * (1 - _FORGETTING)
         precision = held + gain * np.outer(scaled, scaled)
-        mean = np.linalg.solve(precision, held @ self.mean + gain * scaled)
-        self.mean, self.precision = np.maximum(mean, 0.0), precision
+        factors = np.linalg.solve(precision, held @ self.mean + gain * scaled * (seconds / unit))
+        self.mean, self.precision = np.maximum(factors, 0.0), precision
 
 
 class CostModel:

@@ -84,6 +84,19 @@ def test_a_straggler_changes_little_and_a_lasting_change_is_learnt() -> None:
     assert model.predict("m", "s", "c", work).seconds == pytest.approx(3.0, rel=0.1)
 
 
+def test_noise_is_seen_as_noise_and_biases_little() -> None:
+    """Tasks that differ by 30%: the mean is what counts, and six slow ones in a row are no change."""
+    model, rng = CostModel(), random.Random(11)
+    found = []
+    for _ in range(600):
+        model.observe("m", "s", "c", TaskWork(1), 2.0 * rng.lognormvariate(-(0.3**2) / 2, 0.3))
+        found.append(model.predict("m", "s", "c", TaskWork(1)))
+    seconds = [prediction.seconds for prediction in found[100:]]
+    assert mean(seconds) == pytest.approx(2.0, rel=0.06)
+    assert min(seconds) > 1.6 and max(seconds) < 2.4
+    assert found[-1].deviation_seconds == pytest.approx(0.6, rel=0.4)
+
+
 def test_another_class_starts_from_what_is_known_with_more_doubt() -> None:
     model = CostModel()
     for _ in range(10):
