@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class Dispatcher:
         self._running_items: dict[Kind, int] = defaultdict(int)
         self._stock: dict[Kind, int] = defaultdict(int)
         self._next: dict[Kind, Kind] = {}
+        self._before: dict[Kind, Kind] = {}
         self._limits: dict[Kind, float] = {}
         self._item_cost: dict[Kind, float] = {}
         self._served: dict[str, float] = {}
@@ -121,7 +122,7 @@ class Dispatcher:
 
     def follow(self, kind: Kind, following: Kind, limit_items: float = math.inf) -> None:
         """Results of ``kind`` wait for ``following``: at most ``limit_items``, running ones included."""
-        self._next[kind], self._limits[kind] = following, limit_items
+        self._next[kind], self._before[following], self._limits[kind] = following, kind, limit_items
 
     def weigh(self, kind: Kind, cost: float) -> None:
         """What an item of ``kind`` counts for in its job's fair share: its seconds over the job's weight."""
@@ -212,6 +213,8 @@ class Dispatcher:
         for kind, heap in self._ready.items():
             if self._peek(heap) is not None:
                 able = [ability for ability in self._free if (ability.owns(kind) if own else kind in ability.helps)]
+                if own and (feeder := self._feeder(kind)) is not None:
+                    able = [ability for ability in able if not ability.owns(feeder)]
                 # Those with the fewest abilities first: others are left for what only they can do.
                 able.sort(key=_Ability.breadth)
                 waiting[kind[0]].append((heap[0][0], kind, able))
@@ -321,12 +324,11 @@ class Dispatcher:
 
     def _feed(self) -> bool:
         """A turn ends early where a stage that nobody is at would give work to others that run out of it."""
-        hungry = [kind for kind in self._next if self._hungry(kind)] if self._turners else ()
-        for kind in hungry:
+        for kind in [kind for kind in self._next if self._unfed(kind)] if self._turners else ():
             for worker in self._turners:
                 if kind in (self._seats[worker].own or ()) and worker not in self._paused:
                     self._unshelve(worker)
-                    feeds = self._hungry(kind)  # without this worker: it does not leave work to feed itself
+                    feeds = self._unfed(kind)  # without this worker: it does not leave work to feed itself
                     if feeds:
                         self._turn[worker] = kind
                     self._shelve(worker)
@@ -334,16 +336,31 @@ class Dispatcher:
                         return True
         return False
 
-    def _hungry(self, kind: Kind) -> bool:
-        """Work of ``kind`` waits, nobody is at it, and who is at the following stage runs out of work."""
+    def _unfed(self, kind: Kind) -> bool:
+        """Work of ``kind`` waits and nobody is at it, none of the following stage does, and a worker has room."""
         following = self._next.get(kind)
         return (
             following is not None
             and self.startable_items(kind) > 0
             and not self._ready_items[following]
             and not any(ability.owns(kind) for ability in self._free)
-            and any(ability.owns(following) and any(levels[: self.depth]) for ability, levels in self._free.items())
+            and any(any(levels[: self.depth]) for levels in self._only(following, kind))
         )
+
+    def _feeder(self, kind: Kind) -> Kind | None:
+        """The stage before, where its work waits and little of ``kind`` does for the workers that have that alone.
+
+        Who runs both should not take these away from the others, but make more.
+        """
+        before = self._before.get(kind)
+        if before is None or not self.startable_items(before):
+            return None
+        others = sum(len(shelf) for levels in self._only(kind, before) for shelf in levels)
+        return before if len(self._ready[kind]) < self.depth * others else None
+
+    def _only(self, kind: Kind, other: Kind) -> Iterator[list[dict[str, None]]]:
+        """Workers by load of the abilities that have ``kind`` as their own and not ``other``."""
+        return (levels for ability, levels in self._free.items() if ability.owns(kind) and not ability.owns(other))
 
     # -- workers by ability and load
 
