@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -93,6 +94,29 @@ def test_a_turn_ends_early_where_others_run_out_of_work() -> None:
     outcome = simulation.run()
     assert len(outcome.done) == 400
     assert total / outcome.seconds > 0.9  # seven at denoising alone could not do better than 0.9
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+@pytest.mark.parametrize("shifts", [False, True])
+def test_noise_moves_few_and_a_shift_is_followed(memory: int, shifts: bool) -> None:
+    """Equal tasks differ by 25%, as where neighbours share the machine."""
+    rng = random.Random(1)
+    noise = {(stage, item): rng.lognormvariate(-(0.25**2) / 2, 0.25) for stage in FIRST for item in range(ITEMS)}
+
+    def noisy(kind: Kind, item: int, device_class: str, now: float) -> float:
+        costs = SECOND if shifts and item >= ITEMS // 2 else FIRST
+        return 10 * costs[kind[1]] * noise[kind[1], item]
+
+    simulation = Simulation([job(load_seconds=2.0)], fleet(8, memory), noisy, tick_seconds=2)
+    for stage, cost in FIRST.items():
+        simulation.controller.costs.observe("model", stage, "slow", TaskWork(1), 10 * cost)
+    outcome = simulation.run()
+    check(outcome)
+    ideal = sum(noisy(("job", stage), item, "slow", 0.0) for stage, item in noise) / 8
+    assert ideal / outcome.seconds > 0.92
+    # The end, where stages run out of work one after the other, has moves of its own.
+    moves = [len(decision.seats) for now, decision in outcome.decisions if 0 < now < 0.8 * outcome.seconds]
+    assert (8 if shifts else 0) <= sum(moves) <= (40 if shifts else 8)
 
 
 def test_what_waits_is_limited() -> None:
