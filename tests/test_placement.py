@@ -119,6 +119,28 @@ def test_whole_models_that_fit_are_never_beaten_by_what_is_chosen(load: list[Sta
     assert math.isclose(placement.seconds["job 0"], load[0].items * item_seconds / count, rel_tol=1e-4)
 
 
+@given(works(jobs=3, most=3, load=st.just(0.0)), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_no_job_is_slower_than_on_its_part_of_the_fleet(load: list[StageWork], count: int) -> None:
+    devices = [Device(f"w{number}", "fast", 100) for number in range(count)]
+    placement = place(load, devices)
+    weights = {work.job: work.weight for work in load}
+    for job, weight in weights.items():
+        work_seconds = sum(w.items * w.options["fast"][0].seconds_per_item for w in load if w.job == job)
+        alone = work_seconds / (count * weight / sum(weights.values()))
+        assert placement.seconds[job] <= alone * 1.01
+
+
+@given(works(jobs=2, most=4), st.integers(1, 2), st.integers(3, 8))
+@settings(max_examples=40, deadline=None)
+def test_more_stages_than_workers(load: list[StageWork], count: int, memory: int) -> None:
+    devices = [Device(f"w{number}", "fast", memory) for number in range(count)]
+    placement = place(load, devices)
+    served = {(role.job, role.stage) for roles in placement.roles.values() for role in roles if role.share > 0}
+    assert served == {(work.job, work.stage) for work in load}
+    assert all(math.isfinite(seconds) for seconds in placement.seconds.values())
+
+
 @given(works(jobs=1, load=st.just(0.0)), fleets(), st.tuples(st.sampled_from(CLASSES), st.integers(3, 8)))
 @settings(max_examples=60, deadline=None)
 def test_a_worker_more_is_never_slower(load: list[StageWork], devices: list[Device], more: tuple[str, int]) -> None:
