@@ -1,4 +1,4 @@
-"""The command line: ``dfdask run``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
+"""The command line: ``dfdask run``, ``plan``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
 
 Nothing heavy is imported before a command needs it: ``dfdask --help`` answers at once.
 """
@@ -100,6 +100,24 @@ def run(
         print_rows(console, [("pictures", sheet)])
     if progress.items and progress.failed_items == progress.items:
         raise DfdaskError(f"every item failed; see why with: dfdask show {progress.output}")
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option(
+    "--workers", metavar="FLEET", help="The fleet, e.g. 8xh100:80GB,4xl4:24GB [default: this machine's CPU workers]."
+)
+@click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to use instead of the job's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
+def plan(job: Path, workers: str | None, prompts: Path | None, limit: int | None) -> None:
+    """Forecast JOB: time, roles and why, before any device is used. Nothing is run and no weight is loaded."""
+    spec = _job(job, {"prompts": prompts})
+    if limit is not None:
+        spec = spec.limited(limit)
+    from dfdask.plan import forecast
+    from dfdask.progress import print_rows
+
+    print_rows(_console(), forecast(spec, workers).rows())
 
 
 @main.command(epilog=_RUN_HELP)

@@ -46,12 +46,16 @@ class DeviceRates:
 
 @dataclass(frozen=True, slots=True)
 class TaskWork:
-    """What one call of a stage has to do: all of it, not per item. Zeros where nothing is known."""
+    """What one call of a stage has to do: all of it, not per item. Zeros where nothing is known.
+
+    ``calls`` are the forwards of its models, each of which takes the device's floor at least.
+    """
 
     items: int
     linear_flops: float = 0.0
     attention_flops: float = 0.0
     bytes_moved: float = 0.0
+    calls: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def roofline_seconds(work: TaskWork, rates: DeviceRates) -> float:
     computing = (
         work.linear_flops / rates.linear_flops_per_second + work.attention_flops / rates.attention_flops_per_second
     )
-    return max(rates.floor_seconds, computing, work.bytes_moved / rates.bytes_per_second)
+    return max(rates.floor_seconds * work.calls, computing, work.bytes_moved / rates.bytes_per_second)
 
 
 def terms(work: TaskWork, rates: DeviceRates | None) -> Vector:
@@ -91,7 +95,7 @@ def terms(work: TaskWork, rates: DeviceRates | None) -> Vector:
     attention = work.attention_flops / rates.attention_flops_per_second
     limit = roofline_seconds(work, rates)
     stretch = limit / (linear + attention) if linear + attention else 0.0
-    fixed = max(rates.floor_seconds, 1e-3) if stretch else limit
+    fixed = max(rates.floor_seconds * work.calls, 1e-3) if stretch else limit
     return np.array([fixed, 0.0, linear * stretch, attention * stretch])
 
 

@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
         *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
         *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
     },
-    "tools": {"simulate", "evaluate"},
+    "tools": {"simulate", "evaluate", "plan"},
     "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
     "top": {"__init__", "__main__"},
 }

@@ -1,0 +1,211 @@
+"""A forecast of a job on a described fleet, before the first second of a device is spent.
+
+Operations are counted without weights, seconds predicted by the cost model, roles chosen by the same placement as
+in a run. What is not known is said, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from dfdask.cost import CostModel, Prediction, TaskWork
+from dfdask.errors import ModelError, SpecError
+from dfdask.items import Item
+from dfdask.placement import Device, Option, StageWork, place
+from dfdask.prompts import read_items
+from dfdask.spec import JobSpec
+from dfdask.stages.model import model_ref, with_defaults
+from dfdask.words import count, duration, size
+
+LOAD_BYTES_PER_SECOND = 4.75e9
+"""Weights from warm files to a device: 9.5 GB took 2 s on the machine of ``device_rates.json``."""
+_FLEET = re.compile(r"(?:(\d+)x)?([A-Za-z][\w-]*)(?::(\d+(?:\.\d+)?)\s*GB)?")
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """One stage: its weights, and by device class seconds of a batch, None where nothing is known."""
+
+    name: str
+    weights_bytes: int
+    seconds: dict[str, Prediction | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """``seconds`` is None where a class of devices was never measured; ``deviation_seconds`` is what is in doubt.
+
+    ``roles`` counts workers by device class and what they run.
+    """
+
+    items: int
+    batch: int
+    stages: tuple[StageForecast, ...]
+    workers: tuple[Device, ...]
+    measured: bool
+    roles: tuple[tuple[str, int], ...]
+    policy: str
+    seconds: float | None
+    deviation_seconds: float
+    bound_seconds: float | None
+    impossible: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and values for people."""
+        kinds = Counter((device.device_class, device.memory_bytes) for device in self.workers)
+        found = [
+            ("items", f"{self.items:,} in batches of {self.batch}"),
+            (
+                "workers",
+                ", ".join(f"{number} x {kind} with {size(memory)}" for (kind, memory), number in kinds.items()),
+            ),
+        ]
+        for stage in self.stages:
+            known = [
+                f"{1e3 * one.seconds / self.batch:,.3g} ms an item on {kind}" if one else f"not known on {kind}"
+                for kind, one in stage.seconds.items()
+            ]
+            found.append((stage.name, f"{', '.join(known)}; {size(stage.weights_bytes)} of weights"))
+        for text, number in self.roles:
+            found.append(("roles", f"{count(number, 'worker')}: {text}"))
+        if self.impossible:
+            found.append(("impossible", f"no worker has the memory for {', '.join(self.impossible)}"))
+        elif self.seconds is None:
+            found.append(("time", "not known: nothing was measured on these devices; run it with --limit first"))
+        else:
+            doubt = f" give or take {duration(self.deviation_seconds)}" if self.deviation_seconds else ""
+            found += [
+                ("time", f"{duration(self.seconds)}{doubt}, loading included, starting and writing not"),
+                ("why", f"{_WHY[self.policy]}; no roles could do it faster than {duration(self.bound_seconds or 0.0)}"),
+            ]
+            if not self.measured:
+                found.append(("note", "no measurement of this model yet: predicted from operations and other models"))
+        return found
+
+
+_WHY = {
+    "as it is": "nothing to change",
+    "none": "nothing to do",
+    "shared": "time shared between stages by what is left of each",
+    "whole workers": "one stage each, so that nothing is loaded twice",
+    "whole models": "the whole model fits on every worker: replicas",
+}
+
+
+def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None = None) -> Forecast:
+    """What ``spec`` takes on ``workers``, such as ``8xh100:80GB,4xl4:24GB``, or on this machine's.
+
+    ``costs`` are what runs have taught. Raises SpecError, PromptError and ModelError.
+    """
+    spec, costs = with_defaults(spec), costs or CostModel()
+    table = read_items(spec)
+    ref = model_ref(spec)
+    devices = parse_fleet(workers) if workers else _local(spec)
+    total = len(table)
+    batch = min(spec.batch, max(total, 1))
+    sample = table.items(0, batch)
+    works = _fake(spec, batch) if ref.fake else _counted(spec, sample)
+    classes = sorted({device.device_class for device in devices})
+    measured = ref.fake is not None
+    stages, load = [], []
+    for name, (work, weights) in works.items():
+        seconds: dict[str, Prediction | None] = {}
+        for kind in classes:
+            if ref.fake:
+                seconds[kind] = Prediction(spec_seconds(spec, name) * batch, 0.0)
+            elif costs.count(ref.digest, name, kind) or costs.rates_of(kind):
+                measured = measured or costs.count(ref.digest, name, kind) > 0
+                seconds[kind] = costs.predict(ref.digest, name, kind, work)
+            else:
+                seconds[kind] = None
+        stages.append(StageForecast(name, sum(weights.values()), seconds))
+        loading = sum(weights.values()) / LOAD_BYTES_PER_SECOND
+        options = {
+            kind: [Option(max(one.seconds / batch, 1e-9) if one else 1.0, batch, weights, 0, loading)]
+            for kind, one in seconds.items()
+        }
+        load.append(StageWork("job", name, total, options))
+    placement = place(load, devices)
+    known = all(one is not None for stage in stages for one in stage.seconds.values())
+    impossible = tuple(stage for _, stage in placement.impossible)
+    roles = Counter(
+        f"{'+'.join(role.stage for role in held if role.share > 0) or 'idle'} on {device.device_class}"
+        for device in devices
+        for held in [placement.roles[device.name]]
+    )
+    expected = placement.seconds.get("job", 0.0) if known and not impossible else None
+    doubt = _doubt(stages)
+    return Forecast(
+        total,
+        batch,
+        tuple(stages),
+        tuple(devices),
+        measured,
+        tuple(sorted(roles.items())) if known else (),
+        placement.policy,
+        expected,
+        (expected or 0.0) * doubt,
+        placement.bound_seconds.get("job") if known else None,
+        impossible,
+    )
+
+
+def parse_fleet(text: str) -> list[Device]:
+    """``COUNTxCLASS:MEMORYGB`` and more, with commas between. Raises SpecError."""
+    devices: list[Device] = []
+    for part in text.split(","):
+        found = _FLEET.fullmatch(part.strip())
+        if found is None or found[1] == "0" or (found[1] and int(found[1]) > 100_000):
+            raise SpecError(
+                f"--workers: {part.strip()!r} is not COUNTxCLASS:MEMORYGB; write e.g. 8xh100:80GB,4xl4:24GB"
+            )
+        number, kind, memory = int(found[1] or 1), found[2], found[3]
+        if memory is None:
+            raise SpecError(f"--workers: {part.strip()!r} lacks its memory; write e.g. {part.strip()}:80GB")
+        devices += [Device(f"{kind} {len(devices) + place}", kind, int(float(memory) * 1e9)) for place in range(number)]
+    return devices
+
+
+def spec_seconds(spec: JobSpec, stage: str) -> float:
+    """Seconds an item of a fake stage."""
+    return 0.0 if isinstance(spec.model, str) else spec.model.fake.stages[stage]
+
+
+def _local(spec: JobSpec) -> list[Device]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = spec.workers if isinstance(spec.workers, int) else sum(g.count for g in spec.workers or ()) or cores
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // workers
+    return [Device(f"local {number}", "cpu", memory) for number in range(workers)]
+
+
+_Works = dict[str, tuple[TaskWork, dict[str, int]]]
+
+
+def _fake(spec: JobSpec, batch: int) -> _Works:
+    names = () if isinstance(spec.model, str) else spec.model.fake.stages
+    return {name: (TaskWork(batch), {}) for name in names}
+
+
+def _counted(spec: JobSpec, sample: list[Item]) -> _Works:
+    from dfdask.stages.cut import stage_names
+    from dfdask.stages.model import WHOLE, locate
+    from dfdask.stages.operations import count_operations
+
+    ref = model_ref(spec)
+    if stage_names(locate(ref.source, ref.revision)) == (WHOLE,):
+        raise ModelError(f"model: {ref.source} has no stages to plan with; run a few items and look at their times")
+    return {name: (stage.work, stage.weights) for name, stage in count_operations(ref, sample).items()}
+
+
+def _doubt(stages: list[StageForecast]) -> float:
+    """The relative deviation of the whole: that of its stages by what they take, on the class that knows least."""
+    parts = []
+    for kind in stages[0].seconds if stages else ():
+        known = [one for stage in stages if (one := stage.seconds[kind]) is not None]
+        seconds = sum(one.seconds for one in known)
+        parts.append(math.hypot(*(one.deviation_seconds for one in known)) / seconds if seconds else 0.0)
+    return max(parts, default=0.0)
