@@ -77,6 +77,8 @@ class _Counted(Phantom):
 
     def __init__(self, name: str, phantom: Phantom, tally: _Tally, size: int, last: bool) -> None:
         model = phantom.__dict__["_model"].to("meta").eval()
+        if hasattr(model, "tie_weights"):  # embeddings that are the same tensor are loaded once
+            model.tie_weights()
         super().__init__(model, phantom.__dict__["dtype"], phantom.__dict__["device"])
         weights = sum(parameter.numel() for parameter in model.parameters()) * size
         tally.weights[name] = weights
