@@ -114,10 +114,14 @@ def plan(job: Path, workers: str | None, prompts: Path | None, limit: int | None
     spec = _job(job, {"prompts": prompts})
     if limit is not None:
         spec = spec.limited(limit)
+    from dfdask.cost import CostModel
+    from dfdask.cost_file import load_costs
     from dfdask.plan import forecast
     from dfdask.progress import print_rows
 
-    print_rows(_console(), forecast(spec, workers).rows())
+    costs = CostModel()
+    costs.learn(load_costs())
+    print_rows(_console(), forecast(spec, workers, costs).rows())
 
 
 @main.command(epilog=_RUN_HELP)

@@ -49,6 +49,7 @@ class Dispatcher:
         self._turn: dict[str, Kind | None] = {}
         self._held: dict[str, dict[Hashable, None]] = {}
         self._paused: set[str] = set()
+        self._turners: dict[str, None] = {}
         self._idle_turners: dict[str, None] = {}
         self._alone: set[Hashable] = set()
         self._kept_for: dict[str, Hashable] = {}  # workers that get nothing but this task
@@ -325,22 +326,19 @@ class Dispatcher:
     def _feed(self) -> bool:
         """A turn ends early where a stage that nobody is at would give work to others that run out of it."""
         for kind in [kind for kind in self._next if self._unfed(kind)] if self._turners else ():
-            for worker in self._turners:
-                if kind in (self._seats[worker].own or ()) and worker not in self._paused:
-                    self._unshelve(worker)
-                    feeds = self._unfed(kind)  # without this worker: it does not leave work to feed itself
-                    if feeds:
-                        self._turn[worker] = kind
-                    self._shelve(worker)
-                    if feeds:
-                        return True
+            for worker in [name for name in self._turners if kind in (self._seats[name].own or ())]:
+                self._unshelve(worker)
+                turn, feeds = self._turn[worker], self._unfed(kind)  # asked without it: nobody leaves to feed himself
+                self._turn[worker] = kind if feeds else turn
+                self._shelve(worker)
+                if self._turn[worker] != turn:
+                    return True
         return False
 
     def _unfed(self, kind: Kind) -> bool:
         """Work of ``kind`` waits and nobody is at it, none of the following stage does, and a worker has room."""
-        following = self._next.get(kind)
         return (
-            following is not None
+            (following := self._next.get(kind)) is not None
             and self.startable_items(kind) > 0
             and not self._ready_items[following]
             and not any(ability.owns(kind) for ability in self._free)
@@ -348,10 +346,7 @@ class Dispatcher:
         )
 
     def _feeder(self, kind: Kind) -> Kind | None:
-        """The stage before, where its work waits and little of ``kind`` does for the workers that have that alone.
-
-        Who runs both should not take these away from the others, but make more.
-        """
+        """The stage before, if who runs both should make more of ``kind`` than take it from those that run it alone."""
         before = self._before.get(kind)
         if before is None or not self.startable_items(before):
             return None
@@ -359,7 +354,6 @@ class Dispatcher:
         return before if len(self._ready[kind]) < self.depth * others else None
 
     def _only(self, kind: Kind, other: Kind) -> Iterator[list[dict[str, None]]]:
-        """Workers by load of the abilities that have ``kind`` as their own and not ``other``."""
         return (levels for ability, levels in self._free.items() if ability.owns(kind) and not ability.owns(other))
 
     # -- workers by ability and load
@@ -379,10 +373,13 @@ class Dispatcher:
     def _shelve(self, worker: str) -> None:
         levels = self._free.setdefault(self._ability(worker), [{} for _ in range(self.depth + 1)])
         levels[self._level(worker)][worker] = None
-        if self._seats[worker].turns and self._level(worker) == 0 and worker not in self._paused:
-            self._idle_turners[worker] = None
+        if self._seats[worker].turns and worker not in self._paused:
+            self._turners[worker] = None
+            if self._level(worker) == 0:
+                self._idle_turners[worker] = None
 
     def _unshelve(self, worker: str) -> None:
+        self._turners.pop(worker, None)
         self._idle_turners.pop(worker, None)
         ability = self._ability(worker)
         levels = self._free[ability]

@@ -19,6 +19,7 @@ from dfdask.placement import Device, Option, StageWork, place
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.model import model_ref, with_defaults
+from dfdask.stages.weights import cost_key
 from dfdask.words import count, duration, size
 
 LOAD_BYTES_PER_SECOND = 4.75e9
@@ -104,6 +105,7 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
     spec, costs = with_defaults(spec), costs or CostModel()
     table = read_items(spec)
     ref = model_ref(spec)
+    key = cost_key(spec, ref)
     devices = parse_fleet(workers) if workers else _local(spec)
     total = len(table)
     batch = min(spec.batch, max(total, 1))
@@ -117,9 +119,11 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
         for kind in classes:
             if ref.fake:
                 seconds[kind] = Prediction(spec_seconds(spec, name) * batch, 0.0)
-            elif costs.count(ref.digest, name, kind) or costs.rates_of(kind):
-                measured = measured or costs.count(ref.digest, name, kind) > 0
-                seconds[kind] = costs.predict(ref.digest, name, kind, work)
+            elif costs.count(key, name, kind) or costs.rates_of(kind):
+                seen = costs.count(key, name, kind) > 0
+                measured = measured or seen
+                # What runs teach is by items alone.
+                seconds[kind] = costs.predict(key, name, kind, TaskWork(batch) if seen else work)
             else:
                 seconds[kind] = None
         stages.append(StageForecast(name, sum(weights.values()), seconds))

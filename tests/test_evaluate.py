@@ -22,7 +22,7 @@ def simulated(
     costs: tuple[float, ...], items: int, workers: int, switch: float, memory: int, roles: bool = True
 ) -> Outcome:
     def everything(controller: Controller, now: float) -> Decision:
-        return Decision({}, Placement({}, "everything", {}, {}, (), 0.0, 0.0))
+        return Decision({}, {}, Placement({}, "everything", {}, {}, (), 0.0, 0.0))
 
     names = [f"stage {number}" for number in range(len(costs))]
     stages = tuple(StageFacts(name, {name: 1}, 0, {"cpu": switch}) for name in names)

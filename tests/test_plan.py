@@ -12,7 +12,8 @@ from dfdask.cost import CostModel, TaskWork
 from dfdask.errors import SpecError
 from dfdask.plan import forecast, parse_fleet
 from dfdask.spec import JobSpec
-from dfdask.stages.model import model_ref
+from dfdask.stages.model import model_ref, with_defaults
+from dfdask.stages.weights import cost_key
 
 FAKE = {"fake": {"stages": {"encode": 0.05, "denoise": 0.4, "decode": 0.15}}}
 STEPS = {"num_inference_steps": 2}
@@ -33,11 +34,11 @@ def test_a_model_on_a_measured_device_is_predicted_with_doubt() -> None:
 
 
 def test_an_unknown_device_is_not_guessed_until_tasks_were_seen() -> None:
-    spec = JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS, batch=8)
+    spec = with_defaults(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS, batch=8))
     assert forecast(spec, "2xmystery:80GB").seconds is None
     costs = CostModel()
     for stage, seconds in (("encode", 0.1), ("denoise", 1.0), ("decode", 0.2)):
-        costs.observe(model_ref(spec).digest, stage, "mystery", TaskWork(8), seconds)
+        costs.observe(cost_key(spec, model_ref(spec)), stage, "mystery", TaskWork(8), seconds)
     found = forecast(spec, "2xmystery:80GB", costs)
     assert found.measured and found.seconds == pytest.approx(600 / 8 * 1.3 / 2, rel=0.05)
 

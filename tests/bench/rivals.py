@@ -45,7 +45,7 @@ class OneStageEach:
         seats = {
             name: Seat((kind,) if kind else ()) for name, kind in self._roles.items() if before.get(name, ()) != kind
         }
-        return Decision(seats, _NO_PLACEMENT)
+        return Decision(seats, {}, _NO_PLACEMENT)
 
     def begin(self, seconds: Mapping[Kind, float], left: Mapping[Kind, float], workers: int) -> Counts:
         return max_min(seconds, left, workers)
@@ -171,7 +171,7 @@ class NoRoles(OneStageEach):
     """Plain Dask: every worker runs whatever comes, later stages first."""
 
     def __call__(self, controller: Controller, now: float) -> Decision:
-        return Decision({}, _NO_PLACEMENT)
+        return Decision({}, {}, _NO_PLACEMENT)
 
 
 def splits(kinds: Sequence[Kind], workers: int) -> Iterator[dict[Kind, int]]:
