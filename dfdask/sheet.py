@@ -46,13 +46,13 @@ def write_sheet(store: RunStore) -> str:
     return store.put_report(SHEET_NAME, buffer.getvalue())
 
 
-def contact_sheet(store: RunStore, limit: int = 100) -> Image.Image:
-    """At most ``limit`` committed items, evenly spread over the run, as one RGB image.
+def contact_sheet(store: RunStore, limit: int = 100, rows: Sequence[int] | None = None) -> Image.Image:
+    """At most ``limit`` committed items, evenly spread over the run (or of its ``rows``), as one RGB image.
 
     A video shows its middle frame. Raises StorageError where nothing is committed yet.
     """
     records = store.commits()
-    tiles = read_tiles(store, records, limit)
+    tiles = read_tiles(store, records, limit, rows)
     if not tiles:
         raise StorageError(f"{store.location} has no finished pictures yet; run the job first")
     done = sum(int(record["stop"]) - int(record["start"]) for record in records)
@@ -64,9 +64,18 @@ def contact_sheet(store: RunStore, limit: int = 100) -> Image.Image:
     return _drawn(tiles, _readable(store.location.name), ", ".join(facts))
 
 
-def read_tiles(store: RunStore, records: Sequence[Mapping[str, Any]], limit: int) -> list[Tile]:
-    """At most ``limit`` items of the commits ``records``, evenly spread over them. Raises StorageError."""
-    rows = _spread([range(int(record["start"]), int(record["stop"])) for record in records], limit)
+def read_tiles(
+    store: RunStore, records: Sequence[Mapping[str, Any]], limit: int, only: Sequence[int] | None = None
+) -> list[Tile]:
+    """At most ``limit`` items of the commits ``records``, evenly spread over them, or over the rows ``only`` in them.
+
+    Raises StorageError.
+    """
+    ranges = [range(int(record["start"]), int(record["stop"])) for record in records]
+    if only is not None:
+        done = {row for piece in ranges for row in piece}
+        ranges = [range(row, row + 1) for row in sorted(done.intersection(only))]
+    rows = _spread(ranges, limit)
     most = max(1, min(8, _READ_BYTES // store.layout.item_bytes))
     with ThreadPoolExecutor(_READERS) as pool:
         parts = pool.map(lambda part: _tiles(store, *part), _runs(rows, most))

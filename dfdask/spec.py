@@ -193,6 +193,12 @@ class JobSpec(_Part):
         except RecursionError:
             raise SpecError("job: nested too deeply to be a job; flatten it") from None
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """A few prompts stand for all: pydantic would write out a million."""
+        for name, value in super().__repr_args__():
+            many = name == "prompts" and isinstance(value, list) and len(value) > 4
+            yield name, [*value[:3], f"... {len(value):,} in all"] if many else value
+
     @field_validator("model", mode="before")
     @classmethod
     def _model_text(cls, value: Any) -> Any:
