@@ -65,6 +65,7 @@ def main() -> None:
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to use instead of the job's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
 @click.option("--new-run", is_flag=True, help="Start a run of its own where one of that name exists.")
+@click.option("--retry-failed", is_flag=True, help="Do items that failed again, with the others of their shards.")
 @click.option("--plain", is_flag=True, help="Lines instead of the live view, as for logs.")
 @click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines, for programs.")
 def run(
@@ -75,6 +76,7 @@ def run(
     prompts: Path | None,
     limit: int | None,
     new_run: bool,
+    retry_failed: bool,
     plain: bool,
     as_json: bool,
 ) -> None:
@@ -96,7 +98,7 @@ def run(
     from dfdask.run import submit
 
     _hush_dask()
-    started = submit(spec, scheduler=scheduler, new_run=new_run)
+    started = submit(spec, scheduler=scheduler, new_run=new_run, retry_failed=retry_failed)
     if not as_json:
         print_rows(console, header(started.progress, _model(spec), look == "lines"))
     progress = follow(started, console, look)

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "models": {"stages", "bundled"},
     "dask": {
-        *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
+        *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
         *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
     },
     "tools": {"simulate"},
