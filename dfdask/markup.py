@@ -11,6 +11,7 @@ from dfdask.words import ENDED, clipped, count, duration, notes, pace, percent, 
 
 _COLOURS = {"finished": "#2e8b57", "failed": "#c0392b"} | dict.fromkeys(("stopped", "stopping", "paused"), "#b8860b")
 _BUSY = "#3b7dd8"
+_NO_LIMIT_BYTES = 1 << 60
 _CELL = "padding:1px 14px 1px 0;border:0;text-align:"
 
 
@@ -64,7 +65,7 @@ def fleet_html(state: Mapping[str, Any], most: int = 50) -> str:
             _roles(w),
             _text(w["running"] or ""),
             f"{_busy(w, now):.0%}",
-            size(int(w["memory_bytes"])) if w["memory_bytes"] else "",
+            size(int(w["memory_bytes"])) if 0 < w["memory_bytes"] < _NO_LIMIT_BYTES else "",
         )
         for w in workers[:most]
     ]

@@ -79,10 +79,10 @@ def test_bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "widget-view" in str(shown.of("panel = controls"))
     assert shown.text("panel.pause.click()").startswith("paused: True and the other one goes on:")
     assert shown.text("panel.resume.click()") == "'running'"
-    assert "120 of 120 items" in shown.text("SIGKILL") and "2 failed" in shown.text("SIGKILL")
+    assert "400 of 400 items" in shown.text("SIGKILL") and "2 failed" in shown.text("SIGKILL")
     failures = shown.text("pd.DataFrame(first.failures())")
-    assert "apple-3" in failures and "apple-7" in failures and "fake failure" in failures
-    assert shown.text("retry_failed()") == "0 failed; 104 of 120 were left as they were\n"
+    assert "apple-3" in failures and "apple-70" in failures and "fake failure" in failures
+    assert shown.text("retry_failed()") == "0 failed; 384 of 400 were left as they were\n"
     assert shown.text("third.stop()") == "stopped True\n"
 
 

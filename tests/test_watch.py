@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from stored import new_run, pixels
 
 from dfdask.cli import main
 from dfdask.errors import ClusterError
+from dfdask.notebook import Fleet
+from dfdask.run import submit
 from dfdask.store import FAILED, OK, RunStore
 from dfdask.targets import Location
 from dfdask.watch import StoreWatch, cluster_state, joined, states
@@ -102,6 +105,25 @@ def test_a_scheduler_that_is_not_there(local: Location, monkeypatch: pytest.Monk
             cluster_state(address)
         with pytest.raises(ClusterError, match="nothing answers"):
             next(states(new_run(local), address))
+
+
+def test_a_real_scheduler(client: Any, tmp_path: Path) -> None:
+    address, fields = client.scheduler.address, {"output": str(tmp_path / "run"), "client": client, "batch": 2}
+    prompts = [f"prompt {number}" for number in range(40)]
+    run = submit(model={"fake": {"stages": {"encode": 0.0, "denoise": 0.05}}}, prompts=prompts, **fields)
+    watched = states(run.store, address)
+    seen = []
+    for progress, remark in watched:
+        seen.append(progress)
+        assert remark == "" or progress.phase == "finished" or not progress.stages
+    run.wait(timeout=60)
+    assert seen[-1].phase == "finished" and seen[-1].committed_items == 40
+    staged = [progress for progress in seen if progress.stages]
+    assert staged and [stage.name for stage in staged[0].stages] == ["encode", "denoise"]
+    assert staged[0].workers == 2
+    state = cluster_state(address)
+    assert len(state["workers"]) == 2 and not state["jobs"]
+    assert "2 workers" in repr(Fleet(client)) and "2 workers" in Fleet(address)._repr_html_()
 
 
 def test_the_command(local: Location, monkeypatch: pytest.MonkeyPatch) -> None:
