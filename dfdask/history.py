@@ -253,7 +253,8 @@ def _decisions(
                 reason=str(group[0].get("reason") or ""),
                 policy=str(group[0].get("policy") or ""),
                 moves=tuple(Move(str(e["worker"]), _roles(e, "before", own), _roles(e, "after", own)) for e in group),
-                stay_seconds=_number(group[0].get("stay_seconds")),
+                # Who did nothing before could not have stayed with it.
+                stay_seconds=_number(group[0].get("stay_seconds")) if any(e.get("before") for e in group) else None,
                 predicted_seconds=_number(group[0].get("predicted_seconds")),
                 actual_seconds=None if job_ended is None else max(job_ended - when, 0.0),
                 rate_before=_rate(finished, before, when),

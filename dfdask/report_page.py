@@ -15,7 +15,7 @@ from dfdask.summary import RunStatus
 from dfdask.words import count, duration, percent, rate, size
 
 _DECISIONS = 200
-_DECISION_CELLS = ("n", "", "", "n", "n", "n", "n", "n", "n")
+_DECISION_CELLS = ("n", "", "w", "n", "n", "n", "n", "n")
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1c2733;--faint:#5c6873;--line:#e2e6ea;--card:#f6f8fa;--bad:#b3261e;
@@ -30,7 +30,7 @@ h1{font-size:26px;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:17px;margin:40px 0 10px;padding-top:14px;border-top:1px solid var(--line)}
 p{margin:6px 0}.faint,figcaption,.legend{color:var(--faint)}.bad{color:var(--bad)}.good{color:var(--good)}
 .wait{color:var(--wait)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px;margin:20px 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:10px;margin:20px 0 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 .tile b{display:block;font-size:20px;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
 .tile span{color:var(--faint);font-size:12px}
@@ -38,7 +38,7 @@ p{margin:6px 0}.faint,figcaption,.legend{color:var(--faint)}.bad{color:var(--bad
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{font-weight:500;color:var(--faint);text-align:left}
 th,td{padding:5px 14px 5px 0;vertical-align:top;border-bottom:1px solid var(--line)}
-.n{text-align:right;white-space:nowrap}td.k{white-space:nowrap;color:var(--faint)}td.v{overflow-wrap:anywhere}
+.w{min-width:230px}.n{text-align:right;white-space:nowrap}td.k{white-space:nowrap;color:var(--faint)}td.v{overflow-wrap:anywhere}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(120px,1fr));gap:12px}
 .gallery figure{margin:0;break-inside:avoid}
 .gallery img{width:100%;border-radius:6px;display:block;background:var(--card)}
@@ -196,12 +196,12 @@ def _decisions(history: History) -> str:
     if not history.decisions:
         return _section(title, f"<p>No roles were changed.</p>{more}")
     rows = "".join(_decision(decision, history) for decision in history.decisions[:_DECISIONS])
-    names = ("at", "why", "who moved", "left", "predicted", "came", "gain predicted", "gain", "items/s")
+    names = ("at", "why", "who moved", "left", "predicted", "came", "gain", "items/s")
     head = _row("th", names, _DECISION_CELLS)
     note = (
         '<p class="faint">Time left until the end: if nothing had changed (left), by prediction with the change, and '
-        "as it came, later decisions included. Nobody ran the first, so gains are against an estimate. Items a "
-        "second: in the half minute before and after.</p>"
+        "as it came, later decisions included. The gain is the first less the last: against an "
+        "estimate, for nobody ran it. Items a second: in the half minute before and after.</p>"
     )
     hidden = len(history.decisions) - _DECISIONS
     rest = f"<p>{hidden:,} later decisions are left out; see dfdask explain.</p>" if hidden > 0 else ""
@@ -210,14 +210,13 @@ def _decisions(history: History) -> str:
 
 def _decision(decision: Decision, history: History) -> str:
     times = (decision.stay_seconds, decision.predicted_seconds, decision.actual_seconds)
-    gains = (decision.predicted_gain_seconds, decision.actual_gain_seconds)
     speeds = (decision.rate_before, decision.rate_after)
     cells = (
         text(duration(decision.when - history.began)),
         text(f"{decision.reason} ({decision.policy})" if decision.policy else decision.reason),
         "<br>".join(text(line) for line in moved(decision)),
         *("?" if seconds is None else text(duration(seconds)) for seconds in times),
-        *(text(gain(seconds)) for seconds in gains),
+        text(gain(decision.actual_gain_seconds)),
         " &rarr; ".join("?" if speed is None else text(rate(speed).removesuffix(" items/s")) for speed in speeds),
     )
     return _row("td", cells, _DECISION_CELLS)

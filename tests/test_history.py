@@ -53,6 +53,7 @@ def test_decisions_and_what_came_of_them() -> None:
     assert first.moves[0].before == {} and first.moves[0].after == {"denoise": 1.0}
     assert (second.stay_seconds, second.predicted_seconds, second.actual_seconds) == (200.0, 140.0, 150.0)
     assert (second.predicted_gain_seconds, second.actual_gain_seconds) == (60.0, 50.0)
+    assert first.stay_seconds is None and first.actual_gain_seconds is None, "there was nothing to stay with"
     assert second.rate_before and second.rate_after and first.rate_before is None
     unended = History.of(told(ended=False)).decisions[1]
     assert (unended.actual_seconds, unended.actual_gain_seconds) == (None, None)

@@ -76,6 +76,7 @@ def test_explain(store: RunStore) -> None:
         "2 workers: denoise → encode 75%",
         "3 min 20 s > 2 min 20 s > 2 min 30 s",
         "+1 min 00 s > +50 s",
+        "? > 4 min 50 s > 5 min 00 s",
         "item 17 was given up in denoise",
         "10.0.0.5:4000 left, its 2 tasks went elsewhere",
     ):

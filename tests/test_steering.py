@@ -30,7 +30,7 @@ def commits(folder: Path) -> dict[str, bytes]:
 
 def test_pause_hands_out_nothing_more_and_resume_goes_on(client: Client, tmp_path: Path) -> None:
     run = submit(**job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.01, "decode": 0.0}), client=client)
-    until(lambda: run.progress.committed_items, 30, "a first commit")
+    until(lambda: run.progress.committed_items and in_flight(run), 30, "a first commit")
     run.pause()
     assert run.progress.phase == "paused"
     time.sleep(1)  # what the scheduler says of the stages is up to half a second old
