@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import xarray as xr
+from click.testing import CliRunner
+
+from dfdask.cli import main
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -163,11 +166,12 @@ def test_a_run_that_others_watch_and_explain(folder: Path) -> None:
     for last in (own, seen):
         assert (last["phase"], last["committed_items"], last["failed_items"]) == ("finished", 40, 1)
 
-    explained = json.loads(call(folder, "explain", "seen.yaml", "--json").stdout)
+    place = str(folder / "runs/seen")
+    explained = json.loads(CliRunner().invoke(main, ["explain", place, "--json"]).output)
     assert explained["complete"] and explained["decisions"] and len(explained["workers"]) == 1
     assert {stage["name"]: stage["items"] for stage in explained["stages"]} == dict.fromkeys(
         ("encode", "denoise", "decode"), 40
     )
-    assert "denoise" in call(folder, "explain", "seen.yaml").stdout
-    assert call(folder, "report", "seen.yaml").stdout.strip() == "runs/seen/report/report.html"
-    assert "000002" in (folder / "runs/seen/report/report.html").read_text()
+    assert "denoise" in CliRunner().invoke(main, ["explain", place]).output
+    page = CliRunner().invoke(main, ["report", place]).output.strip()
+    assert page.endswith("runs/seen/report/report.html") and "000002" in Path(page).read_text()
