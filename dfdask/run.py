@@ -82,6 +82,7 @@ class Run:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stopping = threading.Event()
+        self._pausing = threading.Event()
         self._again: Callable[[], Run] | None = None
         self._phase: Phase | None = None
         self._stages: tuple[StageProgress, ...] = ()
@@ -115,6 +116,9 @@ class Run:
         layout = self.store.layout
         shards = shard_count(layout.items, layout.shard_items)
         now = self._ended if self._ended is not None else time.monotonic()
+        phase: Phase = self._phase or ("finished" if len(self._shards) == shards else "stopped")
+        if phase == "running" and self._pausing.is_set():
+            phase = "paused"
         rate = eta = None
         if self._computed_items and now > self._began:
             rate = self._computed_items / (now - self._began)
@@ -122,7 +126,7 @@ class Run:
         return Progress(
             run=self.name,
             output=str(self.location),
-            phase=self._phase or ("finished" if len(self._shards) == shards else "stopped"),
+            phase=phase,
             items=layout.items,
             committed_items=self._committed,
             resumed_items=self._resumed,
@@ -149,19 +153,17 @@ class Run:
 
     def stop(self) -> None:
         """Ask the job to stop; shards that are nearly done are finished first."""
-        if self._phase in ("running", "paused"):
+        if self._phase == "running":
             self._phase = "stopping"
         self._stopping.set()
 
     def pause(self) -> None:
         """Hand out no more shards until ``resume``; those that were handed out are finished."""
-        if self._phase == "running":
-            self._phase = "paused"
+        self._pausing.set()
 
     def resume(self) -> None:
         """Go on after ``pause``."""
-        if self._phase == "paused":
-            self._phase = "running"
+        self._pausing.clear()
 
     def retry_failed(self) -> Run:
         """Do failed items again, with the others of their shards, as a new Run of the same data.
@@ -214,7 +216,7 @@ class Run:
         phase: Phase = "failed"
         try:
             if self._work is not None and self._work.shards:
-                stop, paused = self._stopping.is_set, lambda: self._phase == "paused"
+                stop, paused = self._stopping.is_set, self._pausing.is_set
                 Driver(cluster.client(), self._work, self._committed_shard, self._cluster_state, stop, paused).run()
             phase = "finished"
         except JobStopped:
