@@ -1,4 +1,4 @@
-"""The command line: ``dfdask run``, ``plan``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
+"""The command line: ``dfdask`` with a command for everything that one does with jobs, runs and clusters.
 
 Nothing heavy is imported before a command needs it: ``dfdask --help`` answers at once.
 """
@@ -19,6 +19,7 @@ from dfdask.errors import DfdaskError, SpecError, StorageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dfdask.progress import Look
     from dfdask.spec import JobSpec
     from dfdask.store import RunStore
 
@@ -64,7 +65,9 @@ def main() -> None:
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to use instead of the job's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
 @click.option("--new-run", is_flag=True, help="Start a run of its own where one of that name exists.")
+@click.option("--retry-failed", is_flag=True, help="Do items that failed again, with the others of their shards.")
 @click.option("--plain", is_flag=True, help="Lines instead of the live view, as for logs.")
+@click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines, for programs.")
 def run(
     job: Path,
     scheduler: str | None,
@@ -73,7 +76,9 @@ def run(
     prompts: Path | None,
     limit: int | None,
     new_run: bool,
+    retry_failed: bool,
     plain: bool,
+    as_json: bool,
 ) -> None:
     """Run JOB, a YAML file, or go on with it where it was.
 
@@ -85,19 +90,21 @@ def run(
     if limit is not None:
         spec = spec.limited(limit)
     console = _console()
-    lines = plain or not console.is_terminal
+    look = _look(console, plain, as_json)
     from dfdask.progress import follow, header, print_rows, summary
 
-    _say(console, f"dfdask {__version__}: preparing {job}")
+    if not as_json:
+        _say(console, f"dfdask {__version__}: preparing {job}")
     from dfdask.run import submit
 
     _hush_dask()
-    started = submit(spec, scheduler=scheduler, new_run=new_run)
-    print_rows(console, header(started.progress, _model(spec), lines))
-    progress = follow(started, console, lines)
-    print_rows(console, summary(progress))
-    if sheet := _sheet(started.store):
-        print_rows(console, [("pictures", sheet)])
+    started = submit(spec, scheduler=scheduler, new_run=new_run, retry_failed=retry_failed)
+    if not as_json:
+        print_rows(console, header(started.progress, _model(spec), look == "lines"))
+    progress = follow(started, console, look)
+    sheet = _sheet(started.store)
+    if not as_json:
+        print_rows(console, [*summary(progress), *([("pictures", sheet)] if sheet else [])])
     if progress.items and progress.failed_items == progress.items:
         raise DfdaskError(f"every item failed; see why with: dfdask show {progress.output}")
 
@@ -126,12 +133,28 @@ def plan(job: Path, workers: str | None, prompts: Path | None, limit: int | None
 
 @main.command(epilog=_RUN_HELP)
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
-def status(run: str, as_json: bool) -> None:
-    """How far RUN is, from its store alone: no cluster is asked."""
+@click.option(
+    "--watch", "watching", is_flag=True, help="Stay until the run is complete; Ctrl-C leaves, the job goes on."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="With --watch: show the stages on this cluster too.")
+@click.option("--plain", is_flag=True, help="With --watch: lines instead of the live view, as for logs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with --watch one a line, for programs.")
+def status(run: str, watching: bool, scheduler: str | None, plain: bool, as_json: bool) -> None:
+    """How far RUN is, from its store alone: no cluster is asked unless you name one."""
     from dfdask.summary import status_of
 
-    found = status_of(_store(run))
+    store = _store(run)
+    if watching:
+        from dfdask.progress import watch
+        from dfdask.watch import states
+
+        console = _console()
+        watch(states(store, scheduler), console, _look(console, plain, as_json))
+    elif scheduler or plain:
+        raise click.UsageError("--scheduler and --plain go with --watch.")
+    found = status_of(store)
+    if as_json and watching:
+        return
     if as_json:
         click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
         return
@@ -155,6 +178,37 @@ def show(run: str, limit: int) -> None:
     from dfdask.summary import print_details
 
     print_details(_console(), _store(run), limit)
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def explain(run: str, as_json: bool) -> None:
+    """What the scheduler decided while RUN was made: who moved, why, what it expected and what came of it."""
+    from dfdask.explain import as_dict, print_history
+    from dfdask.history import History
+
+    store = _store(run)
+    history = History.of(store.events(), store.attributes["dfdask"].get("stages", ()))
+    if as_json:
+        click.echo(json.dumps(as_dict(history), ensure_ascii=False))
+    else:
+        print_history(_console(), store, history)
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
+@click.option(
+    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="A file of yours [default: in RUN]."
+)
+def report(run: str, output: Path | None) -> None:
+    """Write one HTML page about RUN: what was made, how fast, at what cost, what was decided, pictures.
+
+    It needs nothing else: no network, no scripts.
+    """
+    from dfdask.report import write_report
+
+    click.echo(write_report(_store(run), output))
 
 
 @main.command(epilog=_RUN_HELP)
@@ -236,6 +290,12 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def _look(console: Console, plain: bool, as_json: bool) -> Look:
+    if plain and as_json:
+        raise click.UsageError("--plain and --json are two ways to print; choose one.")
+    return "json" if as_json else "lines" if plain or not console.is_terminal else "live"
 
 
 def _say(console: Console, text: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,14 @@ class Driver:
         on_commit: Callable[[ShardCommitted], None],
         on_cluster: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
+        is_paused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._client = client
         self._work = work
         self._on_commit = on_commit
         self._on_cluster = on_cluster
         self._should_stop = should_stop
+        self._is_paused = is_paused
         self._finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._flying: dict[Future[Any], int] = {}  # micro-batches of the shard that each receipt stands for
         self._window = 1
@@ -93,13 +96,13 @@ class Driver:
         self._client.register_plugin(Gate(), name=NAME)
         if self._work.ref.fake is None:
             self._client.register_plugin(Preload())
-        todo = iter(self._work.shards)
+        todo = deque(self._work.shards)
         reason = "failed"
         try:
             self._announce()
             self._poll()
             self._submit(todo)
-            while self._flying:
+            while self._flying or todo:
                 if self._should_stop():
                     self._stop()
                 self._collect(POLL_SECONDS)
@@ -120,15 +123,14 @@ class Driver:
                 future.release()
             self._flying.clear()
 
-    def _submit(self, shards: Iterator[int]) -> None:
-        """Fill the window, all new shards in one graph."""
+    def _submit(self, shards: deque[int]) -> None:
+        """Fill the window, all new shards in one graph; nothing while the job is paused."""
+        if self._is_paused():
+            return
         flying = sum(self._flying.values())
         graph = _Graph(self._work)
-        while flying < self._window or len(self._flying) + len(graph.receipts) < 2:
-            shard = next(shards, None)
-            if shard is None:
-                break
-            flying += graph.add(shard)
+        while shards and (flying < self._window or len(self._flying) + len(graph.receipts) < 2):
+            flying += graph.add(shards.popleft())
         if graph.receipts:
             futures = self._client.get(graph.build(), list(graph.receipts), sync=False)
             for future, size in zip(futures, graph.receipts.values(), strict=True):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
-Phase = Literal["preparing", "running", "stopping", "finished", "stopped", "failed"]
+Phase = Literal["preparing", "running", "paused", "stopping", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,20 @@
-"""A job in the terminal: a calm live view for people, plain lines for logs.
+"""A job in the terminal: a calm live view for people, plain lines for logs, JSON lines for programs.
 
-``follow`` is all that the command line needs; what it draws are pure functions of a Progress.
+``follow`` and ``watch`` are all that the command line needs; what they draw are pure functions of a Progress.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dfdask.errors import JobStopped
 from dfdask.events import Progress
@@ -21,7 +23,10 @@ from dfdask.words import ENDED, count, duration, notes, pace, percent, printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-LIVE_SECONDS = 0.25
+Look = Literal["live", "lines", "json"]
+
+POLL_SECONDS = 0.25
+LIVE_SECONDS = 1.0  # more often is no help to people, and a burden on a slow line
 LINE_SECONDS = 5.0
 LATER_LINE_SECONDS = 30.0  # after five minutes: a day-long job must not fill its log
 INTERRUPTED = 130
@@ -39,12 +44,12 @@ class Job(Protocol):
     def stop(self) -> None: ...
 
 
-def follow(job: Job, console: Console, lines: bool) -> Progress:
+def follow(job: Job, console: Console, look: Look) -> Progress:
     """Show ``job`` until it ends and return its last state. Raises what ``job.wait`` raises.
 
     The first Ctrl-C (or SIGTERM) stops the job and keeps what is committed; the second leaves at once.
     """
-    view = _Lines(console) if lines else _Live(console)
+    view = _VIEWS[look](console)
     interrupts = _Interrupts(console)
     stopping = False
     with interrupts.caught(), view.shown():
@@ -52,7 +57,8 @@ def follow(job: Job, console: Console, lines: bool) -> Progress:
             view.update(job.progress)
             if interrupts.count and not stopping:
                 stopping = True
-                console.print("Stopping: finishing what is being written. Ctrl-C again leaves at once.")
+                if look != "json":
+                    console.print("Stopping: finishing what is being written. Ctrl-C again leaves at once.")
                 job.stop()
             if _ended(job):
                 break
@@ -64,7 +70,20 @@ def follow(job: Job, console: Console, lines: bool) -> Progress:
     return progress
 
 
-def live(progress: Progress) -> RenderableType:
+def watch(states: Iterator[tuple[Progress, str]], console: Console, look: Look) -> Progress | None:
+    """Show ``states``, each with a remark, as they come; return the last. Ctrl-C leaves, the job goes on."""
+    view = _VIEWS[look](console)
+    last: Progress | None = None
+    with view.shown():
+        try:
+            for last, remark in states:  # noqa: B007
+                view.update(last, remark)
+        except KeyboardInterrupt:
+            return last
+    return last
+
+
+def live(progress: Progress, remark: str = "") -> RenderableType:
     """The live view: a bar, the speed, one row per stage, where the dashboard is."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -85,7 +104,7 @@ def live(progress: Progress) -> RenderableType:
         Text(f"{percent(progress.committed_items, progress.items):>4}", no_wrap=True),
         Text(pace(progress) or progress.phase, no_wrap=True, overflow="ellipsis"),
     )
-    facts = [_done(progress), notes(progress), f"{duration(progress.elapsed_seconds)} so far"]
+    facts = [_done(progress), notes(progress), remark or f"{duration(progress.elapsed_seconds)} so far"]
     line = Text(f"  {', '.join(fact for fact in facts if fact)}", style="dim", no_wrap=True, overflow="ellipsis")
     line.highlight_regex(r"\d[\d,]* failed", "not dim red")
     parts: list[RenderableType] = [head, line]
@@ -153,28 +172,38 @@ def _done(progress: Progress) -> str:
 
 def _ended(job: Job) -> bool:
     try:
-        job.wait(timeout=LIVE_SECONDS)
+        job.wait(timeout=POLL_SECONDS)
     except Exception as error:  # a timeout, or what ended the job: that is raised once the view is closed
         if job.progress.phase not in ENDED and not isinstance(error, TimeoutError):
             raise
     return job.progress.phase in ENDED
 
 
+class _View(Protocol):
+    def __init__(self, console: Console) -> None: ...
+
+    def shown(self) -> AbstractContextManager[Any]: ...
+
+    def update(self, progress: Progress, remark: str = "") -> None: ...
+
+
 class _Live:
-    """Redraws in place."""
+    """Redraws in place, once a second or when the phase changes."""
 
     def __init__(self, console: Console) -> None:
-        from rich.live import Live
+        from dfdask.terminal import Painter
 
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._painter = Painter(console)
+        self._phase, self._drawn = "", 0.0
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        with self._live:
-            yield
+    def shown(self) -> AbstractContextManager[Any]:
+        return self._painter
 
-    def update(self, progress: Progress) -> None:
-        self._live.update(live(progress), refresh=True)
+    def update(self, progress: Progress, remark: str = "") -> None:
+        now = time.monotonic()
+        if progress.phase != self._phase or now - self._drawn >= LIVE_SECONDS:
+            self._painter.paint(live(progress, remark))
+            self._phase, self._drawn = progress.phase, now
 
 
 class _Lines:
@@ -189,14 +218,29 @@ class _Lines:
     def shown(self) -> Iterator[None]:
         yield
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Progress, remark: str = "") -> None:
         now = time.monotonic()
         pause = LINE_SECONDS if now - self._started < 300 else LATER_LINE_SECONDS
         due = progress.phase not in ENDED and now - self._printed >= pause
         if due or progress.phase != self._phase:
-            line = f"[{duration(progress.elapsed_seconds)}] {status_line(progress)}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print(progress, remark)
             self._phase, self._printed = progress.phase, now
+
+    def _print(self, progress: Progress, remark: str) -> None:
+        line = f"[{duration(progress.elapsed_seconds)}] {status_line(progress)}"
+        self._console.print(f"{line}; {remark}" if remark else line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _JsonLines(_Lines):
+    """The same as JSON, one Progress a line, unbuffered."""
+
+    def _print(self, progress: Progress, remark: str) -> None:
+        line = json.dumps({"event": "Progress", "when": round(time.time(), 3), **asdict(progress)}, ensure_ascii=False)
+        self._console.file.write(line + "\n")
+        self._console.file.flush()
+
+
+_VIEWS: dict[Look, type[_View]] = {"live": _Live, "lines": _Lines, "json": _JsonLines}
 
 
 class _Interrupts:

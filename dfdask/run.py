@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfdask.batching import default_shard_items, shard_count
-from dfdask.errors import DfdaskError, JobStopped, RunChangedError, SpecError
+from dfdask.batching import shard_count
+from dfdask.errors import DfdaskError, JobStopped, SpecError
 from dfdask.events import Phase, Progress, ShardCommitted, StageProgress
 from dfdask.job_cluster import JobCluster
+from dfdask.prepare import check_roles, check_same, create_store, unoccupied, versions
 from dfdask.prompts import ItemTable, read_items
-from dfdask.spec import JobSpec, diff_specs, fingerprint
+from dfdask.spec import JobSpec, fingerprint
 from dfdask.stages.model import ModelRef, model_ref, with_defaults
 from dfdask.stages.weights import component_bytes, cost_key
 from dfdask.store import RunStore
-from dfdask.store_layout import Layout
 from dfdask.targets import Location, resolve_output
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
 
     from dfdask.driver import Work
 
-FORMAT_VERSION = 1
-
 
 def submit(
     job: JobSpec | Mapping[str, Any] | str | Path | None = None,
@@ -38,6 +33,7 @@ def submit(
     client: Client | None = None,
     scheduler: str | None = None,
     new_run: bool = False,
+    retry_failed: bool = False,
     on_commit: Callable[[ShardCommitted], None] | None = None,
     **fields: Any,
 ) -> Run:
@@ -45,7 +41,8 @@ def submit(
 
     ``job`` is a JobSpec, a mapping, the path of a YAML file, or None with the job's keys as ``fields``. It runs on
     ``client``'s cluster, on the one of ``scheduler``, or else on worker processes of this machine. With
-    ``new_run`` a run of its own is made where one of that name exists. ``on_commit`` is called for each shard that
+    ``new_run`` a run of its own is made where one of that name exists; with ``retry_failed`` items of the run that
+    failed are done again, with the others of their shards. ``on_commit`` is called for each shard that
     is committed; what it raises is ignored.
 
     Raises SpecError, PromptError, ModelError, StorageError (RunChangedError where a run of that name was made from
@@ -59,9 +56,11 @@ def submit(
     try:
         table = read_items(spec)
         ref = model_ref(spec)
-        run = _prepare(spec, ref, table, new_run, cluster)
+        run = _prepare(spec, ref, table, new_run, retry_failed, cluster)
         if run.progress.committed_shards < run.progress.shards:
             cluster.client()  # raises where there is none
+        same = spec.replace(output=run.location.address)
+        run._again = lambda: submit(same, client=client, scheduler=scheduler, retry_failed=True, on_commit=on_commit)
         run._start(cluster, on_commit)
     except BaseException:
         cluster.close()
@@ -83,6 +82,8 @@ class Run:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stopping = threading.Event()
+        self._pausing = threading.Event()
+        self._again: Callable[[], Run] | None = None
         self._phase: Phase | None = None
         self._stages: tuple[StageProgress, ...] = ()
         self._workers = 0
@@ -115,6 +116,9 @@ class Run:
         layout = self.store.layout
         shards = shard_count(layout.items, layout.shard_items)
         now = self._ended if self._ended is not None else time.monotonic()
+        phase: Phase = self._phase or ("finished" if len(self._shards) == shards else "stopped")
+        if phase == "running" and self._pausing.is_set():
+            phase = "paused"
         rate = eta = None
         if self._computed_items and now > self._began:
             rate = self._computed_items / (now - self._began)
@@ -122,7 +126,7 @@ class Run:
         return Progress(
             run=self.name,
             output=str(self.location),
-            phase=self._phase or ("finished" if len(self._shards) == shards else "stopped"),
+            phase=phase,
             items=layout.items,
             committed_items=self._committed,
             resumed_items=self._resumed,
@@ -152,6 +156,25 @@ class Run:
         if self._phase == "running":
             self._phase = "stopping"
         self._stopping.set()
+
+    def pause(self) -> None:
+        """Hand out no more shards until ``resume``; those that were handed out are finished."""
+        self._pausing.set()
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        self._pausing.clear()
+
+    def retry_failed(self) -> Run:
+        """Do failed items again, with the others of their shards, as a new Run of the same data.
+
+        Raises DfdaskError while this one has not ended and where it was not made here, else what ``submit`` raises.
+        """
+        if self._again is None:
+            raise DfdaskError(f"{self.name} was only opened here; submit its job with retry_failed=True")
+        if self._thread is not None and self._thread.is_alive():
+            raise DfdaskError(f"{self.name} is {self._phase}; wait for it, or stop it, before failed items are retried")
+        return self._again()
 
     def dataset(self) -> xr.Dataset:
         """The run as xarray opens it, lazily; rows that are not done yet have status 0."""
@@ -193,8 +216,8 @@ class Run:
         phase: Phase = "failed"
         try:
             if self._work is not None and self._work.shards:
-                stop = self._stopping.is_set
-                Driver(cluster.client(), self._work, self._committed_shard, self._cluster_state, stop).run()
+                stop, paused = self._stopping.is_set, self._pausing.is_set
+                Driver(cluster.client(), self._work, self._committed_shard, self._cluster_state, stop, paused).run()
             phase = "finished"
         except JobStopped:
             phase = "stopped"
@@ -251,7 +274,9 @@ def _spec(job: JobSpec | Mapping[str, Any] | str | Path | None, fields: Mapping[
     return JobSpec.from_mapping({**(job or {}), **fields})
 
 
-def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, cluster: JobCluster) -> Run:
+def _prepare(
+    spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, retry_failed: bool, cluster: JobCluster
+) -> Run:
     """The run's store, new or the one that is there already, and the work that is left."""
     from dfdask.driver import Work, missing_shards, token_for
 
@@ -259,17 +284,19 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
     identity = fingerprint(canonical, table.digest())
     location = resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
-        location = _unoccupied(location)
+        location = unoccupied(location)
     weights = component_bytes(ref)
     location.check_writable()
-    versions = _versions()
+    made_with = versions()
     if RunStore.exists(location):
         store = RunStore.open(location)
-        _check_roles(spec, store.attributes["dfdask"]["stages"], cluster)
+        check_roles(spec, store.attributes["dfdask"]["stages"], cluster)
     else:
-        facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": versions}
-        store = _create(location, spec, ref, table, facts, cluster)
-    _check_same(store, canonical, table, identity)
+        facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": made_with}
+        store = create_store(location, spec, ref, table, facts, cluster)
+    check_same(store, canonical, table, identity)
+    if retry_failed:
+        store.uncommit_failed()
     run = Run(store)
     layout = store.layout
     run._work = Work(
@@ -280,105 +307,10 @@ def _prepare(spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, clus
         batch=spec.batch,
         shards=missing_shards(shard_count(layout.items, layout.shard_items), run._shards),
         token=token_for(identity, f"{location.root}/{location.name}"),
-        provenance={"versions": versions},
+        provenance={"versions": made_with},
         cost_key=cost_key(spec, ref),
         weights=weights,
         priority=spec.priority,
     )
     store.sweep()
     return run
-
-
-def _create(
-    location: Location, spec: JobSpec, ref: ModelRef, table: ItemTable, facts: dict[str, Any], cluster: JobCluster
-) -> RunStore:
-    """A new store, once the model has been seen to take the job."""
-    from dfdask.driver import inspect_on_worker
-    from dfdask.stages.check import check_job
-
-    client = cluster.client()  # no store is made for a job that cannot start
-    checked = check_job(ref, table, partial(inspect_on_worker, client))
-    _check_roles(spec, checked.stages, cluster)
-    layout = Layout(
-        kind=checked.output.kind,
-        item_shape=checked.output.item_shape,
-        items=len(table),
-        shard_items=spec.shard or _shard_items(len(table), spec.batch, checked.output.item_shape),
-    )
-    attributes = {
-        "version": FORMAT_VERSION,
-        **facts,
-        "stages": list(checked.stages),
-        "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
-        "lossy": list(spec.speed.lossy),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    columns = {**table.columns(), **_size_columns(checked.output.sizes)}
-    return RunStore.create(location, layout, columns, {"dfdask": attributes})
-
-
-def _check_roles(spec: JobSpec, stages: Sequence[str], cluster: JobCluster) -> None:
-    """Raise SpecError where the job starts its own workers and leaves a stage to nobody."""
-    if not cluster.is_local or not isinstance(spec.workers, list) or any(not group.stages for group in spec.workers):
-        return
-    staffed = {stage for group in spec.workers for stage in group.stages or ()}
-    missing = [stage for stage in stages if stage not in staffed]
-    if missing:
-        raise SpecError(
-            f"workers: no group runs {', '.join(missing)}, the groups run {', '.join(sorted(staffed))}; "
-            f"the stages of this model are {', '.join(stages)}"
-        )
-
-
-def _check_same(store: RunStore, canonical: Mapping[str, Any], table: ItemTable, identity: str) -> None:
-    stored = store.attributes.get("dfdask", {})
-    if stored.get("fingerprint") == identity:
-        return
-    changes = diff_specs(stored.get("spec", {}), canonical)
-    if stored.get("items_digest") != table.digest():
-        there, here = store.layout.items, len(table)
-        changes.append(
-            f"prompts: {there} items in the stored run, {here} now"
-            if there != here
-            else "prompts: their texts, ids, seeds or arguments differ from the stored run's"
-        )
-    lines = "".join(f"\n  {change}" for change in changes)
-    raise RunChangedError(
-        f"{store.location} was made from a different job:{lines}\n"
-        "Undo the change to go on with it, choose another output, or start afresh with --new-run (new_run=True)"
-    )
-
-
-def _unoccupied(location: Location) -> Location:
-    candidate, number = location, 2
-    while RunStore.exists(candidate):
-        candidate, number = replace(location, name=f"{location.name}-{number}"), number + 1
-    return candidate
-
-
-def _shard_items(items: int, batch: int, item_shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in item_shape:
-        size *= extent
-    return default_shard_items(items, batch, size)
-
-
-def _size_columns(sizes: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:
-    if sizes is None:
-        return {}
-    import numpy as np
-
-    pixels = np.array(sizes, np.int64)
-    return {"height": pixels[:, 0], "width": pixels[:, 1]}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("dfdask", "torch", "diffusers", "transformers", "distributed", "zarr", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

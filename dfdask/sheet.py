@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,9 +30,10 @@ _PAGE, _INK, _FAINT, _TILE, _FAILED = "#ffffff", "#1f2328", "#6e7781", "#f3f4f6"
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
-    """One item to draw: its thumbnail, or None where it failed and ``note`` says why."""
+class Tile:
+    """One item of a gallery: its thumbnail (RGB, 168 px), or None where it failed and ``note`` says why."""
 
+    row: int
     image: Image.Image | None
     caption: str
     note: str
@@ -45,26 +46,40 @@ def write_sheet(store: RunStore) -> str:
     return store.put_report(SHEET_NAME, buffer.getvalue())
 
 
-def contact_sheet(store: RunStore, limit: int = 100) -> Image.Image:
-    """At most ``limit`` committed items, evenly spread over the run, as one RGB image.
+def contact_sheet(store: RunStore, limit: int = 100, rows: Sequence[int] | None = None) -> Image.Image:
+    """At most ``limit`` committed items, evenly spread over the run (or of its ``rows``), as one RGB image.
 
     A video shows its middle frame. Raises StorageError where nothing is committed yet.
     """
     records = store.commits()
-    rows = _spread([range(int(record["start"]), int(record["stop"])) for record in records], limit)
-    if not rows:
+    tiles = read_tiles(store, records, limit, rows)
+    if not tiles:
         raise StorageError(f"{store.location} has no finished pictures yet; run the job first")
     done = sum(int(record["stop"]) - int(record["start"]) for record in records)
     failed = sum(int(record["failed"]) for record in records)
     items = count(store.layout.items, "item")
     facts = [items if done == store.layout.items else f"{done:,} of {items}"]
     facts += [f"{failed:,} failed"] if failed else []
-    facts += [f"{len(rows):,} shown"] if len(rows) < done else []
+    facts += [f"{len(tiles):,} shown"] if len(tiles) < done else []
+    return _drawn(tiles, _readable(store.location.name), ", ".join(facts))
+
+
+def read_tiles(
+    store: RunStore, records: Sequence[Mapping[str, Any]], limit: int, only: Sequence[int] | None = None
+) -> list[Tile]:
+    """At most ``limit`` items of the commits ``records``, evenly spread over them, or over the rows ``only`` in them.
+
+    Raises StorageError.
+    """
+    ranges = [range(int(record["start"]), int(record["stop"])) for record in records]
+    if only is not None:
+        done = {row for piece in ranges for row in piece}
+        ranges = [range(row, row + 1) for row in sorted(done.intersection(only))]
+    rows = _spread(ranges, limit)
     most = max(1, min(8, _READ_BYTES // store.layout.item_bytes))
     with ThreadPoolExecutor(_READERS) as pool:
         parts = pool.map(lambda part: _tiles(store, *part), _runs(rows, most))
-        tiles = [tile for part in parts for tile in part]
-    return _drawn(tiles, _readable(store.location.name), ", ".join(facts))
+        return [tile for part in parts for tile in part]
 
 
 def _spread(ranges: list[range], limit: int) -> list[int]:
@@ -80,21 +95,21 @@ def _spread(ranges: list[range], limit: int) -> list[int]:
     return chosen
 
 
-def _tiles(store: RunStore, start: int, stop: int) -> list[_Tile]:
+def _tiles(store: RunStore, start: int, stop: int) -> list[Tile]:
     """The items ``start`` to ``stop`` (exclusive)."""
     layout = store.layout
     sizes = [name for name in ("height", "width") if name in store.columns]
     values = store.read(start, stop, [layout.kind, "status", "error", "prompt", *sizes])
     tiles = []
     for row in range(stop - start):
-        caption = _readable(str(values["prompt"][row])) or f"item {start + row}"
+        caption = str(values["prompt"][row])[:_MAX_CHARACTERS]
         if values["status"][row] == FAILED:
-            tiles.append(_Tile(None, caption, _readable(str(values["error"][row]))))
+            tiles.append(Tile(start + row, None, caption, str(values["error"][row])[:_MAX_CHARACTERS]))
             continue
         pixels = values[layout.kind][row]
         pixels = pixels[len(pixels) // 2] if layout.kind == "video" else pixels
         size = own_size(values, row, (layout.item_shape[-3], layout.item_shape[-2]))
-        tiles.append(_Tile(_thumbnail(picture(pixels, *size)), caption, ""))
+        tiles.append(Tile(start + row, _thumbnail(picture(pixels, *size)), caption, ""))
     return tiles
 
 
@@ -107,12 +122,12 @@ def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def _drawn(tiles: list[_Tile], title: str, facts: str) -> Image.Image:
+def _drawn(tiles: list[Tile], title: str, facts: str) -> Image.Image:
     from PIL import Image, ImageDraw
 
     columns = _columns(len(tiles))
     lines = -(-len(tiles) // columns)
-    captions = [_wrapped(tile.caption, _font(13), _THUMB_PX, _CAPTION_LINES) for tile in tiles]
+    captions = [_wrapped(_caption(tile), _font(13), _THUMB_PX, _CAPTION_LINES) for tile in tiles]
     cell_height = _THUMB_PX + 8 + max(map(len, captions)) * _LINE_PX
     width = max(2 * _MARGIN_PX + columns * (_THUMB_PX + _GAP_PX) - _GAP_PX, 420)
     height = 2 * _MARGIN_PX + _TITLE_PX + lines * (cell_height + _GAP_PX) - _GAP_PX
@@ -138,14 +153,14 @@ def _columns(tiles: int) -> int:
     return min(near, key=lambda columns: (-tiles % columns, abs(columns - wanted)), default=1)
 
 
-def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: _Tile, corner: tuple[int, int]) -> None:
+def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, corner: tuple[int, int]) -> None:
     left, top = corner
     box = (left, top, left + _THUMB_PX - 1, top + _THUMB_PX - 1)
     if tile.image is None:
         draw.rectangle(box, fill=_FAILED)
         draw.text((left + 10, top + 10), "failed", fill=_INK, font=_font(14))
         room = max(1, (_THUMB_PX - 40) // 16)
-        for number, text in enumerate(_wrapped(tile.note, _font(12), _THUMB_PX - 20, room)):
+        for number, text in enumerate(_wrapped(_readable(tile.note), _font(12), _THUMB_PX - 20, room)):
             draw.text((left + 10, top + 34 + number * 16), text, fill=_FAINT, font=_font(12))
     else:
         draw.rectangle(box, fill=_TILE)
@@ -171,6 +186,10 @@ def _font(size_px: int) -> Any:
 
     font: Any = ImageFont.load_default(size_px)
     return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+
+
+def _caption(tile: Tile) -> str:
+    return _readable(tile.caption) or f"item {tile.row}"
 
 
 def _readable(text: str) -> str:

@@ -91,8 +91,8 @@ class FakeStages(_Part):
     """A model without a model: stages that sleep, for tests, demonstrations and simulations.
 
     ``weights`` are the bytes of each stage's only component, ``load_seconds`` what bringing one to the device takes;
-    ``speeds`` multiplies all seconds on workers of a device class. Items in ``fail`` raise, those in ``kill`` end
-    their worker's process, both in ``fail_stage``.
+    ``speeds`` multiplies all seconds on workers of a device class. Items in ``fail`` raise (until the file
+    ``fail_until`` exists), those in ``kill`` end their worker's process, both in ``fail_stage``.
     """
 
     stages: dict[StageName, Seconds] = Field(
@@ -106,6 +106,7 @@ class FakeStages(_Part):
     width: Count = 8
     height: Count = 8
     fail: list[StrictStr] = []
+    fail_until: Name | None = Field(default=None, examples=["/tmp/mended"])
     kill: list[StrictStr] = []
     fail_stage: StageName = "denoise"
 
@@ -192,6 +193,12 @@ class JobSpec(_Part):
             raise SpecError(explain(error, "job", {}, _part_at)) from None
         except RecursionError:
             raise SpecError("job: nested too deeply to be a job; flatten it") from None
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """A few prompts stand for all: pydantic would write out a million."""
+        for name, value in super().__repr_args__():
+            many = name == "prompts" and isinstance(value, list) and len(value) > 4
+            yield name, [*value[:3], f"... {len(value):,} in all"] if many else value
 
     @field_validator("model", mode="before")
     @classmethod

@@ -180,6 +180,13 @@ class RunStore:
             except TakenError:
                 return self._settle(shard, objects, data, writer)
 
+    def uncommit_failed(self) -> int:
+        """Take back the commits of shards with failed items, so that they are done again. Returns how many."""
+        shards = [int(commit["shard"]) for commit in self.commits() if commit["failed"]]
+        with storage_errors(f"cannot take back commits of {self.location}"):
+            self._objects.delete(map(commit_key, shards))
+        return len(shards)
+
     def read(self, start: int, stop: int, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Rows ``start`` to ``stop`` (exclusive) of the named arrays (None: all), committed or not."""
         import zarr

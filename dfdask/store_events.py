@@ -106,7 +106,7 @@ class EventLog:
 
     def _sum(self, kind: str, when: float, event: Event) -> None:
         # Sums of what is not known are kept apart: a prediction is compared with the seconds of its own tasks.
-        key = (kind, *(event.get(name) for name in _KEYS[kind]), event.get("predicted_seconds") is None)
+        key = (kind, *(event.get(name) for name in _KEYS[kind]), not event.get("predicted_seconds"))
         self._pairs.add(key)
         age = when - (self._began or when)
         span = min(age * len(self._pairs) / SUMS_PER_E_FOLD, MOST_SPAN_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class RunStatus:
 
 def status_of(store: RunStore) -> RunStatus:
     """Raises StorageError."""
-    return _status(store, store.commits())
+    return run_status(store, store.commits())
 
 
 def print_details(console: Console, store: RunStore, failures_limit: int) -> None:
@@ -60,10 +60,10 @@ def print_details(console: Console, store: RunStore, failures_limit: int) -> Non
     commits = store.commits()
     about: Mapping[str, Any] = store.attributes.get("dfdask", {})
     sections = [
-        ("", _status(store, commits).rows()),
-        ("spec", _flat(about.get("spec", {}))),
-        ("model", _flat(about.get("model", {}))),
-        ("versions", [*_flat(about.get("versions", {})), ("created", str(about.get("created", "unknown")))]),
+        ("", run_status(store, commits).rows()),
+        ("spec", flat(about.get("spec", {}))),
+        ("model", flat(about.get("model", {}))),
+        ("versions", [*flat(about.get("versions", {})), ("created", str(about.get("created", "unknown")))]),
         ("timings", timings(commits)),
         ("failures", list(failures(store, commits, failures_limit))),
     ]
@@ -79,15 +79,20 @@ def print_details(console: Console, store: RunStore, failures_limit: int) -> Non
 
 def timings(commits: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Seconds per stage over all commits, in total and per item."""
-    totals: dict[str, float] = {}
-    items: dict[str, int] = {}
+    return [
+        (stage, f"{duration(seconds)}, {seconds / max(items, 1):.4g} s an item")
+        for stage, (seconds, items) in stage_seconds(commits).items()
+    ]
+
+
+def stage_seconds(commits: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Device seconds and items of every stage over all commits."""
+    found: dict[str, tuple[float, int]] = {}
     for commit in commits:
         for stage, seconds in commit.get("stage_seconds", {}).items():
-            totals[stage] = totals.get(stage, 0.0) + float(seconds)
-            items[stage] = items.get(stage, 0) + int(commit["stop"]) - int(commit["start"])
-    return [
-        (stage, f"{duration(total)}, {total / max(items[stage], 1):.4g} s an item") for stage, total in totals.items()
-    ]
+            before, items = found.get(stage, (0.0, 0))
+            found[stage] = before + float(seconds), items + int(commit["stop"]) - int(commit["start"])
+    return found
 
 
 def failures(store: RunStore, commits: list[dict[str, Any]], limit: int) -> Iterator[tuple[str, str]]:
@@ -106,7 +111,7 @@ def failures(store: RunStore, commits: list[dict[str, Any]], limit: int) -> Iter
                 return
 
 
-def _status(store: RunStore, commits: list[dict[str, Any]]) -> RunStatus:
+def run_status(store: RunStore, commits: list[dict[str, Any]]) -> RunStatus:
     items, shard_items = store.layout.items, store.layout.shard_items
     failed = sum(int(commit["failed"]) for commit in commits)
     done = sum(int(commit["stop"]) - int(commit["start"]) for commit in commits)
@@ -129,12 +134,12 @@ def _stored_bytes(store: RunStore) -> int:
     return sum(int(entry["size"]) for page in listing for entry in page if not is_event(entry["path"]))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names and texts; what is not set is left out."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            rows.extend(_flat(value, f"{prefix}{key}."))
+            rows.extend(flat(value, f"{prefix}{key}."))
         elif value is not None:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             rows.append((f"{prefix}{key}", clipped(text, 200)))

@@ -53,6 +53,11 @@ class Location:
         return f"s3://{self.root}/{self.name}" if self.kind == "s3" else _short(self.path)
 
     @property
+    def address(self) -> str:
+        """What ``resolve_output`` takes for this place, from any directory."""
+        return f"s3://{self.root}/{self.name}" if self.kind == "s3" else str(self.path)
+
+    @property
     def path(self) -> Path:
         """The run's folder. Raises StorageError where the run is on no disk."""
         if self.kind != "local":

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import xarray as xr
+from click.testing import CliRunner
+
+from dfdask.cli import main
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -28,6 +31,7 @@ workers: 1
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "job.yaml").write_text(JOB % 0.0)
     (tmp_path / "slow.yaml").write_text(JOB % 0.2)
+    (tmp_path / "seen.yaml").write_text(JOB % 0.08)
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {n}\n" for n in range(40)))
     return tmp_path
 
@@ -140,3 +144,34 @@ def test_a_scheduler_that_is_not_there(folder: Path) -> None:
     error = call(folder, "run", "job.yaml", "--scheduler", "tcp://127.0.0.1:9", code=4).stderr
     assert error.startswith("Error: ") and "127.0.0.1:9" in error
     assert not (folder / "runs/job").exists()
+
+
+def test_a_run_that_others_watch_and_explain(folder: Path) -> None:
+    """JSON lines of the run itself and of somebody who watches it; then what it leaves to explain."""
+    process = subprocess.Popen(
+        command("run", "seen.yaml", "--json"), cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        first = json.loads(process.stdout.readline())
+        assert (first["event"], first["phase"], first["run"]) == ("Progress", "running", "seen")
+        watched = call(folder, "status", "seen.yaml", "--watch", "--json").stdout.splitlines()
+        rest = process.stdout.read().splitlines()
+    finally:
+        process.stdout.close()
+        if process.wait(60):
+            process.kill()
+    assert process.returncode == 0
+    own, seen = json.loads(rest[-1]), json.loads(watched[-1])
+    for last in (own, seen):
+        assert (last["phase"], last["committed_items"], last["failed_items"]) == ("finished", 40, 1)
+
+    place = str(folder / "runs/seen")
+    explained = json.loads(CliRunner().invoke(main, ["explain", place, "--json"]).output)
+    assert explained["complete"] and explained["decisions"] and len(explained["workers"]) == 1
+    assert {stage["name"]: stage["items"] for stage in explained["stages"]} == dict.fromkeys(
+        ("encode", "denoise", "decode"), 40
+    )
+    assert "denoise" in CliRunner().invoke(main, ["explain", place]).output
+    page = CliRunner().invoke(main, ["report", place]).output.strip()
+    assert page.endswith("runs/seen/report/report.html") and "000002" in Path(page).read_text()

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from samples import ENDED, PROGRESS
 
 from dfdask.events import Progress, StageProgress
-from dfdask.notebook import html, register, watch
+from dfdask.markup import fleet_html
+from dfdask.notebook import Controls, html, register, watch
+from dfdask.spec import JobSpec
 
 
 class Reader(HTMLParser):
@@ -132,6 +134,71 @@ def test_ipython_shows_runs_by_themselves(shell: Any) -> None:
     register()
     formatter = shell.display_formatter.ipython_display_formatter
     assert formatter.lookup_by_type("dfdask.run.Run") is watch
+
+
+def test_ipython_shows_jobs_as_tables(shell: Any) -> None:
+    register()
+    spec = JobSpec(model="bundled", prompts=["<b>apple</b>", {"prompt": "pear", "seed": 1}, *["x"] * 50], batch=4)
+    data, _ = shell.display_formatter.format(spec)
+    text = " ".join(Reader(data["text/html"]).text)
+    assert "52 prompts: <b>apple</b>, pear, x, x, ..." in text and "bundled" in text and "batch" in text
+    assert len(data["text/plain"]) < 400, "not all prompts"
+    file = JobSpec(model="bundled", prompts="prompts.txt")
+    assert "prompts.txt" in " ".join(Reader(shell.display_formatter.format(file)[0]["text/html"]).text)
+
+
+STATE: dict[str, Any] = {
+    "when": 100.0,
+    "gate_seconds": 0.0,
+    "workers": [
+        {"name": f"<w{n}>", "device_class": "cpu", "memory_bytes": n * 10**9, "running": "encode" if n else None,
+         "roles": {"run/encode": 0.25, "run/decode": 0.75, "run/write": 0.0}, "joined": 0.0, "busy_seconds": 40.0}
+        for n in range(60)
+    ],
+    "jobs": [
+        {"name": "demo<", "committed_items": 1200, "items": 5000, "failed_items": 3, "forecast_seconds": 61.0},
+        {"name": "other", "committed_items": 0, "items": 1, "failed_items": 0, "forecast_seconds": None},
+    ],
+}  # fmt: skip
+
+
+def test_fleets_as_html() -> None:
+    text = " ".join(Reader(fleet_html(STATE)).text)
+    for part in ("60 workers", "2 jobs", "<w3>", "encode 25%, decode 75%", "40%", "and 10 more", "3.00 GB", "demo<",
+                 "1,200 of 5,000", "1 min 01 s"):  # fmt: skip
+        assert part in text
+    assert Reader(fleet_html({**STATE, "workers": [], "jobs": []})).text
+
+
+class Steered(Job):
+    """A run that does as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(PROGRESS)
+
+    def pause(self) -> None:
+        self.states = [replace(PROGRESS, phase="paused")]
+
+    def resume(self) -> None:
+        self.states = [PROGRESS]
+
+    def stop(self) -> None:
+        self.states = [replace(PROGRESS, phase="stopped")]
+
+
+def test_buttons_steer_the_run() -> None:
+    run = Steered()
+    panel = Controls(run, interval_seconds=0.01)
+    assert [button.disabled for button in (panel.pause, panel.resume, panel.stop)] == [False, True, False]
+    panel.pause.click()
+    assert run.progress.phase == "paused" and [panel.pause.disabled, panel.resume.disabled] == [True, False]
+    panel.resume.click()
+    assert run.progress.phase == "running" and [panel.pause.disabled, panel.resume.disabled] == [False, True]
+    bundle = panel._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and "812 of" in bundle["text/html"]
+    panel.stop.click()
+    assert run.progress.phase == "stopped"
+    assert [button.disabled for button in (panel.pause, panel.resume, panel.stop)] == [True, True, True]
 
 
 def test_without_ipython_a_line_is_printed() -> None:

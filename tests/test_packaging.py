@@ -30,7 +30,7 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 LAYERS: dict[str, set[str]] = {
     "values": {"spec", "scale_spec", "speed", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
     "pure": {
-        *("seeds", "batching", "words", "markup", "item_table"),
+        *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
         *("cost", "fluid", "capacity", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
         *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
@@ -40,11 +40,14 @@ LAYERS: dict[str, set[str]] = {
     },
     "models": {"stages", "bundled"},
     "dask": {
-        *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
+        *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
         *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
     },
     "tools": {"simulate", "evaluate", "plan"},
-    "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
+    "face": {
+        *("cli", "progress", "terminal", "watch", "notebook", "summary", "explain", "report", "report_page"),
+        *("sheet", "export", "export_formats"),
+    },
     "top": {"__init__", "__main__"},
 }
 # What a layer must never know about, whatever else it imports.
@@ -221,7 +224,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "jobqueue", "kubernetes", "cloud", "gateway"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "notebooks", "jobqueue", "kubernetes", "cloud", "gateway"}
 
 
 def test_changelog_names_the_version() -> None:

@@ -126,7 +126,7 @@ def test_long_paths_stay_on_one_line() -> None:
 @pytest.mark.parametrize("wait_raises", [True, False])
 def test_plain_lines_mark_every_phase_once(wait_raises: bool) -> None:
     job = Script(replace(PROGRESS, phase="preparing"), PROGRESS, PROGRESS, PROGRESS, ENDED, wait_raises=wait_raises)
-    text = text_of(lambda console: follow(job, console, lines=True))
+    text = text_of(lambda console: follow(job, console, look="lines"))
     assert [line.split("] ")[1].split(":")[0] for line in text.splitlines()] == [
         "preparing",
         "running",
@@ -135,9 +135,8 @@ def test_plain_lines_mark_every_phase_once(wait_raises: bool) -> None:
 
 
 def test_live_view_leaves_no_trace_behind() -> None:
-    text = text_of(lambda console: follow(Script(PROGRESS, ENDED), console, lines=False), terminal=True)
-    assert text.endswith("\x1b[2K") or text.endswith("\x1b[?25h")  # erased, the cursor shown again
-    assert "\x1b[?25h" in text
+    text = text_of(lambda console: follow(Script(PROGRESS, ENDED), console, look="live"), terminal=True)
+    assert text.endswith("\x1b[J\x1b[?25h")  # erased, the cursor shown again
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -145,7 +144,7 @@ def test_errors_of_the_job_are_raised_after_the_view(terminal: bool) -> None:
     job = Script(PROGRESS, replace(PROGRESS, phase="failed"), error=ClusterError("scheduler went away"))
     console = Console(file=io.StringIO(), force_terminal=terminal)
     with pytest.raises(ClusterError, match="went away"):
-        follow(job, console, lines=not terminal)
+        follow(job, console, look="live" if terminal else "lines")
     handler = signal.getsignal(signal.SIGINT)
     assert handler is signal.default_int_handler
 
@@ -153,7 +152,7 @@ def test_errors_of_the_job_are_raised_after_the_view(terminal: bool) -> None:
 def test_a_stopped_job_is_told_apart_from_a_finished_one() -> None:
     job = Script(PROGRESS, replace(PROGRESS, phase="stopped"))
     with pytest.raises(JobStopped, match="812 of 1,632 items committed"):
-        follow(job, Console(file=io.StringIO()), lines=True)
+        follow(job, Console(file=io.StringIO()), look="lines")
 
 
 @pytest.mark.parametrize(("signals", "code", "stops"), [(1, 0, True), (2, 130, False)])
@@ -182,7 +181,7 @@ def test_first_interrupt_stops_the_second_leaves(number: int, signals: int, code
                     self.ended.set()
 
         try:
-            follow(Job(), Console(), lines=True)
+            follow(Job(), Console(), look="lines")
         except JobStopped as error:
             print("stopped:", error)
         """

@@ -62,7 +62,8 @@ class FakeStage:
             if any(item.id in self._settings.kill for item in items):
                 os.kill(os.getpid(), signal.SIGKILL)
             bad = [item.id for item in items if item.id in self._settings.fail]
-            if bad:
+            mended = self._settings.fail_until is not None and os.path.exists(self._settings.fail_until)
+            if bad and not mended:
                 raise RuntimeError(f"fake failure of {', '.join(bad)}")
         if self._last:
             return [fake_pixels(item.seed, self._settings.height, self._settings.width) for item in items]

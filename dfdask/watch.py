@@ -1,0 +1,145 @@
+"""A run as others see it: from its store, and from the scheduler where one is named. Nothing here takes part in it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dfdask.errors import ClusterError
+from dfdask.events import Phase, Progress, StageProgress
+from dfdask.store import RunStore
+from dfdask.words import duration
+
+POLL_SECONDS = 1.0
+STORE_SECONDS = 5.0  # between looks at the store
+RATE_SECONDS = 120.0  # the speed is that of the commits of so long
+_TIMEOUT_SECONDS = 5.0
+
+
+class StoreWatch:
+    """A run's progress by its commits alone. Only what is new is read."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._commits: dict[int, tuple[int, int, float]] = {}  # items, failed items, time of writing
+        self._looked = 0.0
+
+    def progress(self, now: float) -> tuple[Progress, str]:
+        """A snapshot, and when the last commit was. Raises StorageError."""
+        if now - self._looked >= STORE_SECONDS:
+            self._looked = now
+            for shard in self._store.committed() - self._commits.keys():
+                if record := self._store.commit(shard):
+                    items = int(record["stop"]) - int(record["start"])
+                    self._commits[shard] = items, int(record["failed"]), float(record.get("written", 0.0))
+        return self._snapshot(now), self._remark(now)
+
+    def _snapshot(self, now: float) -> Progress:
+        layout = self._store.layout
+        done = sum(items for items, _, _ in self._commits.values())
+        complete = len(self._commits) == layout.shards
+        phase: Phase = "finished" if complete else "running"
+        times = sorted((written, items) for items, _, written in self._commits.values() if written)
+        rate = None if complete else _rate(times, now)
+        return Progress(
+            run=self._store.location.name,
+            output=str(self._store.location),
+            phase=phase,
+            items=layout.items,
+            committed_items=done,
+            resumed_items=0,
+            failed_items=sum(failed for _, failed, _ in self._commits.values()),
+            shards=layout.shards,
+            committed_shards=len(self._commits),
+            elapsed_seconds=max((times[-1][0] if complete else now) - times[0][0], 0.0) if times else 0.0,
+            items_per_second=rate,
+            eta_seconds=(layout.items - done) / rate if rate else None,
+            stages=(),
+            workers=0,
+            dashboard=None,
+        )
+
+    def _remark(self, now: float) -> str:
+        if not self._commits:
+            return "nothing is committed yet"
+        last = max(written for _, _, written in self._commits.values())
+        return f"last commit {duration(max(now - last, 0.0))} ago"
+
+
+def _rate(times: list[tuple[float, int]], now: float) -> float | None:
+    """Items a second of the last commits, None where there are none or they say nothing yet."""
+    recent = [(when, items) for when, items in times if when > now - RATE_SECONDS]
+    if len(recent) < 2:
+        return None
+    seconds = now - recent[0][0]
+    return sum(items for _, items in recent[1:]) / seconds if seconds > 0 else None
+
+
+def states(store: RunStore, scheduler: str | None) -> Iterator[tuple[Progress, str]]:
+    """The run every second until it is complete; with its stages where ``scheduler`` works on it.
+
+    Raises StorageError, ClusterError.
+    """
+    watched, token = StoreWatch(store), ""
+    if scheduler:
+        from dfdask.driver import token_for
+
+        cluster_state(scheduler)  # raises where there is none
+        token = token_for(store.attributes["dfdask"]["fingerprint"], f"{store.location.root}/{store.location.name}")
+    while True:
+        progress, remark = watched.progress(time.time())
+        if scheduler and progress.phase != "finished":
+            try:
+                progress, remark = joined(progress, remark, cluster_state(scheduler), token)
+            except ClusterError:
+                remark = "the scheduler does not answer"
+        yield progress, remark
+        if progress.phase == "finished":
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def joined(progress: Progress, remark: str, state: Mapping[str, Any], token: str) -> tuple[Progress, str]:
+    """``progress`` with what the cluster's ``state`` (a ClusterState as a dict) says of the same run."""
+    from dataclasses import replace
+
+    job = next((job for job in state["jobs"] if job["run"] == token), None)
+    if job is None:
+        return replace(progress, workers=len(state["workers"])), f"{remark}, not on this scheduler"
+    stages = tuple(
+        StageProgress(stage["name"], stage["queued"], stage["running"], stage["done"], stage["workers"])
+        for stage in job["stages"]
+    )
+    forecast = job["forecast_seconds"]
+    return replace(
+        progress,
+        stages=stages,
+        workers=len(state["workers"]),
+        elapsed_seconds=max(state["when"] - job["started"], 0.0),
+        eta_seconds=progress.eta_seconds if forecast is None else forecast,
+    ), ""
+
+
+def cluster_state(address: str) -> dict[str, Any]:
+    """The scheduler's ClusterState, as a dict. Raises ClusterError."""
+    return asyncio.run(_ask(address))
+
+
+async def _ask(address: str) -> dict[str, Any]:
+    from distributed.core import rpc
+
+    from dfdask.cluster import check_scheduler
+
+    await check_scheduler(address)
+    scheduler: Any = rpc(address, timeout=_TIMEOUT_SECONDS)
+    try:
+        answer = await asyncio.wait_for(scheduler.dfdask_state(), _TIMEOUT_SECONDS)
+    except (OSError, TimeoutError, AttributeError):
+        answer = None
+    finally:
+        await scheduler.close_rpc()
+    if not isinstance(answer, dict) or "jobs" not in answer:
+        raise ClusterError(f"scheduler: {address} knows of no dfdask job; start one there, or leave --scheduler out")
+    return answer

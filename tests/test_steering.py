@@ -1,0 +1,91 @@
+"""Pause, resume, stop and retry: what a person does to a job in mid-run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+from fleet import until
+
+from dfdask.errors import DfdaskError
+from dfdask.run import Run, open_run, submit
+from dfdask.stages.fake import fake_pixels
+
+
+def job(folder: Path, items: int = 60, **fake: Any) -> dict[str, Any]:
+    prompts = [{"prompt": f"prompt {number}", "id": f"item-{number}"} for number in range(items)]
+    return {"model": {"fake": fake}, "prompts": prompts, "output": str(folder / "run"), "batch": 2, "shard": 2}
+
+
+def in_flight(run: Run) -> int:
+    return sum(stage.queued + stage.running for stage in run.progress.stages)
+
+
+def commits(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "run/commits").glob("[0-9]*.json")}
+
+
+def test_pause_hands_out_nothing_more_and_resume_goes_on(client: Client, tmp_path: Path) -> None:
+    run = submit(**job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.01, "decode": 0.0}), client=client)
+    until(lambda: run.progress.committed_items and in_flight(run), 30, "a first commit")
+    run.pause()
+    assert run.progress.phase == "paused"
+    time.sleep(1)  # what the scheduler says of the stages is up to half a second old
+    until(lambda: not in_flight(run), 30, "what was handed out")
+    time.sleep(1)
+    there = run.progress.committed_items
+    assert 0 < there < 200
+    time.sleep(1)
+    assert run.progress.committed_items == there and len(commits(tmp_path)) * 2 == there
+    with pytest.raises(TimeoutError):
+        run.wait(timeout=0.1)
+    run.resume()
+    assert run.progress.phase == "running"
+    run.wait(timeout=60)
+    assert run.progress.committed_items == 200
+    run.pause()
+    assert run.progress.phase == "finished", "there is nothing to pause any more"
+
+
+def test_a_paused_job_can_be_stopped_and_gone_on_with(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.01, "decode": 0.0})
+    run = submit(**fields, client=client)
+    run.pause()
+    run.stop()
+    assert run.progress.phase == "stopping"
+    run.wait(timeout=60)
+    assert run.progress.phase == "stopped" and run.progress.committed_items < 200
+    assert submit(**fields, client=client).wait(timeout=60).progress.committed_items == 200
+
+
+def test_failed_items_are_done_again_once_the_cause_is_mended(client: Client, tmp_path: Path) -> None:
+    mended = tmp_path / "mended"
+    fields = job(tmp_path, fail=["item-5", "item-33"], fail_until=str(mended))
+    run = submit(**fields, client=client).wait(timeout=60)
+    before = commits(tmp_path)
+    assert [entry["id"] for entry in run.failures()] == ["item-5", "item-33"]
+    same = run.retry_failed().wait(timeout=60)
+    assert len(same.failures()) == 2, "the cause is still there"
+    mended.touch()
+    again = same.retry_failed().wait(timeout=60)
+    assert (again.failures(), again.progress.failed_items, again.progress.resumed_items) == ([], 0, 56)
+    changed = {name for name, data in commits(tmp_path).items() if data != before[name]}
+    assert changed == {"00000002.json", "00000016.json"}, "other shards are left as they are"
+    data = again.dataset().load()
+    assert (data.status.values == 1).all()
+    for row, seed in enumerate(data.seed.values):
+        assert (data.image.values[row] == fake_pixels(int(seed), 8, 8)).all()
+    assert again.store.verify() == []
+    assert again.retry_failed().wait(timeout=60).progress.resumed_items == 60, "nothing has failed, nothing is done"
+
+
+def test_what_cannot_be_retried(client: Client, tmp_path: Path) -> None:
+    run = submit(**job(tmp_path, stages={"encode": 0.0, "denoise": 0.05, "decode": 0.0}), client=client)
+    with pytest.raises(DfdaskError, match="run is running; wait for it, or stop it"):
+        run.retry_failed()
+    run.wait(timeout=60)
+    with pytest.raises(DfdaskError, match="only opened here; submit its job with retry_failed=True"):
+        open_run(tmp_path / "run").retry_failed()
