@@ -231,9 +231,9 @@ class _Stream:
 
     def push(self, tail: Tail[Any], columns: Any) -> None:
         new = tail.since(self._seen)
-        self._seen = tail.count
         if new:
             self.source.stream(columns(new), rollover=tail.limit)
+        self._seen = tail.count
 
 
 def _use_columns(uses: Sequence[Use]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ RATE_SECONDS = 60  # that items per second are a mean over
 GAP_SECONDS = 0.3  # between two calls of a stage that are still drawn as one bar
 BAR_SECONDS = 5.0  # the longest bar before a new one begins, so that it is drawn while it still grows
 CALLS_A_LOOK = 10_000  # that are taken in, at most: the first look of a page finds many
+ROLES_SHOWN = 3
 POINTS_A_LOOK = 40  # of predicted against measured; more calls than that are thinned
 
 
@@ -180,7 +181,7 @@ class History:
         gain = event.stay_seconds - event.predicted_seconds
         better = f" (saves {duration(gain)} by prediction)" if gain >= 1 else ""
         before, after = roles_text(event.before, self.names), roles_text(event.after, self.names)
-        return f"{before} to {after}: {event.reason}{better}"
+        return f"{event.reason}: {before} \N{RIGHTWARDS ARROW} {after}{better}"
 
     def _count_late(self, event: ShardWritten) -> None:
         """A job's last shards come between the last look at it and its end."""
@@ -305,14 +306,19 @@ def held_bytes(jobs: Iterable[JobState]) -> dict[str, int]:
 
 
 def roles_text(roles: Mapping[str, float], names: Mapping[str, str]) -> str:
-    """``denoise 80% + decode 20%``; with the job where the roles are those of several. Keys are ``run/stage``."""
-    working = {role: share for role, share in roles.items() if share > 0}
-    several = len({role.rpartition("/")[0] for role in working}) > 1
+    """``denoise 80% + decode 20%``, the largest shares first; with the job where there are several.
+
+    Keys are ``run/stage``.
+    """
+    working = sorted(((share, role) for role, share in roles.items() if share > 0), reverse=True)
+    several = len({role.rpartition("/")[0] for _, role in working}) > 1
     parts = []
-    for role, share in working.items():
+    for share, role in working[:ROLES_SHOWN]:
         run, _, stage = role.rpartition("/")
         text = f"{stage} of {names.get(run, run)}" if several else stage
         parts.append(text if len(working) == 1 else f"{text} {share:.0%}")
+    if len(working) > ROLES_SHOWN:
+        parts.append(f"{len(working) - ROLES_SHOWN} more")
     return " + ".join(parts) or "nothing"
 
 

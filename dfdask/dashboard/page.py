@@ -31,7 +31,8 @@ class View:
         self._charts = charts(palette)
         self._is_due = False
         self._next: tuple[History, Mapping[str, str]] | None = None
-        self.failed: Exception | None = None
+        self.failures = 0  # in a row
+        self.problem: Exception | None = None
         with document.models.freeze():  # else Bokeh looks at all models again after each
             for root in (*self._divs.values(), *(chart.figure for chart in self._charts)):
                 document.add_root(root)
@@ -67,8 +68,9 @@ class View:
         with spent:
             try:
                 self.show(*self._next)
+                self.failures = 0
             except Exception as error:
-                self.failed = error
+                self.failures, self.problem = self.failures + 1, error
         self._next = None
 
 

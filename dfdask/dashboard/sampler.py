@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 MOST_OF_CPU = 0.01  # looks become rarer rather than take a larger share of the scheduler's time
 SLOWEST_SECONDS = 10.0
+PATIENCE = 5  # looks, or updates of a page, that may fail in a row: Bokeh trips over a pandas that is being imported
 
 
 class Stopwatch:
@@ -53,6 +54,7 @@ class Sampler:
         self.spent = Stopwatch()
         self.looks = 0
         self._spent_before = 0.0
+        self._failures = 0  # in a row
 
     def open(self, document: Document, extra: Mapping[str, Any]) -> None:
         """Fill a new page and keep it up to date until its session ends."""
@@ -90,8 +92,8 @@ class Sampler:
 
         self._timer = None
         for view in list(self._views):
-            if view.failed is not None:
-                logger.warning("dfdask: a dashboard page is no longer updated", exc_info=view.failed)
+            if view.failures >= PATIENCE:
+                logger.warning("dfdask: a dashboard page is no longer updated", exc_info=view.problem)
                 self._views.discard(view)
         if not self._views:
             return
@@ -101,11 +103,13 @@ class Sampler:
                 texts = render(self.history, self._palette)
             for view in list(self._views):
                 view.send(self.history, texts, self.spent)
+            self.looks, self._failures = self.looks + 1, 0
         except Exception:
-            logger.warning("dfdask: the dashboard page cannot be updated", exc_info=True)
-            self._views.clear()
-            return
-        self.looks += 1
+            self._failures += 1
+            if self._failures >= PATIENCE:
+                logger.warning("dfdask: dashboard pages are no longer updated", exc_info=True)
+                self._views.clear()
+                return
         # The views change their documents after this, so that counts with the next look.
         cost, self._spent_before = self.spent.seconds - self._spent_before, self.spent.seconds
         pause = min(max(EVERY_SECONDS, cost / MOST_OF_CPU), SLOWEST_SECONDS)
