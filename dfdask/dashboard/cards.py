@@ -56,11 +56,12 @@ def lanes(history: History, palette: Palette) -> str:
     if len(jobs) > JOBS_SHOWN:
         rows.append(f'<tr><td colspan="11" class="quiet">and {len(jobs) - JOBS_SHOWN} more jobs</td></tr>')
     for past in ended[: max(JOBS_SHOWN - len(jobs), 0)]:
-        done = f"{past.state.committed_items:,} of {count(past.state.items, 'item')}" if past.state else ""
+        done = f"{past.committed_items:,} of {count(past.items, 'item')}"
+        failed = f' <span class="bad">{past.failed_items:,} failed</span>' if past.failed_items else ""
         rows.append(
             f'<tr class="job ended" data-run="{_text(past.run)}"><td colspan="11"><b>{_name(history, past.run)}</b> '
             f"{_text(past.reason)} at {time.strftime('%H:%M:%S', time.localtime(past.when))} "
-            f'<span class="quiet">{done}</span></td></tr>'
+            f'<span class="quiet">{done}</span>{failed}</td></tr>'
         )
     head = "".join(
         f"<th{' class=wide' if name == 'items' else ''} title='{escape(why)}'>{name}</th>" for name, why in _HEADS

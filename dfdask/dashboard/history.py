@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Reversible
-from dataclasses import replace
 
 from dfdask.dashboard.records import (
     BIN_SECONDS,
     USES,
     Bar,
     Bin,
-    Ended,
     Failure,
     Held,
     Mark,
@@ -62,10 +60,9 @@ class History:
         self.held: Tail[Held] = Tail(600)
         self.pictures: Tail[Picture] = Tail(48)
         self.failures: dict[tuple[str, str], Failure] = {}
-        self.ended: deque[Ended] = deque(maxlen=4)
+        self.ended: deque[JobEnded] = deque(maxlen=4)
         self.bins: deque[Bin] = deque(maxlen=WINDOW_SECONDS // BIN_SECONDS)
         self._seen = -1
-        self._jobs: dict[str, JobState] = {}  # the last that was seen of each
         self._open: dict[str, Bar] = {}
         self._ended_at: dict[str, float] = {}  # when the last known call of a worker did
         self._items: dict[tuple[str, str], deque[tuple[float, int]]] = {}  # done per second
@@ -77,7 +74,6 @@ class History:
         """
         before, self.state = self.state, state
         self.memory_bytes = memory_bytes
-        self._jobs |= {job.run: job for job in state.jobs}
         for job in state.jobs:
             self.names[job.run] = job.name
         for worker in state.workers:
@@ -160,7 +156,6 @@ class History:
                 lost = f"; {event.lost_tasks} tasks go elsewhere" if event.lost_tasks else ""
                 self.marks.append(Mark(event.when, event.worker, "left", f"left{lost}"))
             case ShardWritten():
-                self._count_late(event)
                 for row, jpeg in event.thumbnails.items():
                     self.pictures.append(Picture(event.run, row, jpeg))
                 for text in event.errors:
@@ -171,7 +166,7 @@ class History:
             case JobStarted():
                 self.names[event.run] = event.name
             case JobEnded():
-                self.ended.append(Ended(event.when, event.run, event.reason, self._jobs.get(event.run)))
+                self.ended.append(event)
 
     def label(self, worker: str) -> str:
         return self.labels.get(worker) or short_address(worker)
@@ -182,16 +177,6 @@ class History:
         better = f" (saves {duration(gain)} by prediction)" if gain >= 1 else ""
         before, after = roles_text(event.before, self.names), roles_text(event.after, self.names)
         return f"{event.reason}: {before} \N{RIGHTWARDS ARROW} {after}{better}"
-
-    def _count_late(self, event: ShardWritten) -> None:
-        """A job's last shards come between the last look at it and its end."""
-        job = self._jobs.get(event.run)
-        if job is not None and self.state is not None and all(one.run != event.run for one in self.state.jobs):
-            self._jobs[event.run] = replace(
-                job,
-                committed_items=job.committed_items + event.items,
-                failed_items=job.failed_items + event.failed_items,
-            )
 
     def _take_call(self, event: TaskDone) -> None:
         end = event.start + event.seconds
@@ -257,7 +242,6 @@ class History:
         for run, stage in list(self._items):
             if run not in runs:
                 del self._items[run, stage]
-        self._jobs = {run: job for run, job in self._jobs.items() if run in runs}
         shown = runs | {failure.run for failure in self.failures.values()}
         if len(self.names) > 200:
             self.names = {run: name for run, name in self.names.items() if run in shown}

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from dfdask.events import JobState
-
 T = TypeVar("T")
 
 BIN_SECONDS = 2
@@ -98,16 +96,6 @@ class Failure:
     text: str
     when: float
     times: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The last that was seen of a job."""
-
-    when: float
-    run: str
-    reason: str
-    state: JobState | None
 
 
 class Bin:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from dfdask.dashboard.history import History
@@ -54,6 +55,7 @@ class Sampler:
         self.spent = Stopwatch()
         self.looks = 0
         self._spent_before = 0.0
+        self._costs: deque[float] = deque(maxlen=3)
         self._failures = 0  # in a row
 
     def open(self, document: Document, extra: Mapping[str, Any]) -> None:
@@ -110,7 +112,9 @@ class Sampler:
                 logger.warning("dfdask: dashboard pages are no longer updated", exc_info=True)
                 self._views.clear()
                 return
-        # The views change their documents after this, so that counts with the next look.
-        cost, self._spent_before = self.spent.seconds - self._spent_before, self.spent.seconds
-        pause = min(max(EVERY_SECONDS, cost / MOST_OF_CPU), SLOWEST_SECONDS)
+        # The views change their documents after this, so that counts with the next look. A single look may cost more
+        # because something was imported or collected.
+        self._costs.append(self.spent.seconds - self._spent_before)
+        self._spent_before = self.spent.seconds
+        pause = min(max(EVERY_SECONDS, min(self._costs) / MOST_OF_CPU), SLOWEST_SECONDS)
         self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
