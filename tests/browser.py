@@ -30,6 +30,16 @@ for (const renderer of plot.renderers) {
 }
 return values
 """
+PLACE = """
+const plot = Bokeh.documents[0].get_model_by_name(arguments[0]), view = Bokeh.index.find_one(plot);
+const data = plot.renderers.map(one => one.data_source.data).find(one => one[arguments[1]] && one[arguments[2]]);
+const box = view.el.getBoundingClientRect();
+const last = data[arguments[1]].length - 1;
+return [
+  box.left + view.frame.x_scale.compute(data[arguments[1]][last]),
+  box.top + view.frame.y_scale.compute(data[arguments[2]][last]),
+]
+"""
 
 
 class Page:
@@ -47,6 +57,15 @@ class Page:
         """The values of one column of a plot's data, as the browser has them."""
         values: list[Any] = self.driver.execute_script(COLUMN, plot, name)
         return values
+
+    def hover(self, plot: str, x: str, y: str) -> None:
+        """Put the mouse on the last point of a plot whose columns are ``x`` and ``y``."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        left, top = self.driver.execute_script(PLACE, plot, x, y)
+        chain = ActionChains(self.driver)
+        chain.w3c_actions.pointer_action.move_to_location(round(left), round(top))
+        chain.perform()
 
     def fact(self, name: str) -> str:
         return " ".join(one["text"] for one in self.read(f"[data-fact={name}]"))

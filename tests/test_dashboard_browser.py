@@ -20,6 +20,7 @@ from dfdask.run import Run, submit
 pytestmark = pytest.mark.browser
 
 SECONDS = {"encode": 0.01, "denoise": 0.06, "decode": 0.02}
+SIZES = {"apples": 240, "posters": 320, "night-sky": 160}
 FAILS = ["item-5", "item-17"]
 
 
@@ -59,13 +60,12 @@ def shown(page: Page, run: Run) -> dict[str, Any]:
 
 
 def test_three_jobs_as_the_store_has_them(client: Client, url: str, tmp_path: Path) -> None:
-    sizes = {"apples": 240, "posters": 320, "night-sky": 160}
     with open_page(url) as page:
         until(lambda: page.read("[data-fact=workers]"), 20, "the page to show workers")
         assert page.fact("workers") == "4 workers"
         runs = {
             name: start(client, tmp_path / name, items, fail=FAILS if name == "posters" else [])
-            for name, items in sizes.items()
+            for name, items in SIZES.items()
         }
         until(lambda: page.fact("jobs") == "3 jobs", 30, "the page to show three jobs")
         until(lambda: all(int(shown(page, run).get("committed", 0)) for run in runs.values()), 60, "first commits")
@@ -74,26 +74,40 @@ def test_three_jobs_as_the_store_has_them(client: Client, url: str, tmp_path: Pa
             until(lambda run=run, least=before: int(shown(page, run)["committed"]) >= least, 10, "the page to follow")
             committed = int(shown(page, run)["committed"])
             assert committed <= stored(run)[0], "the page must not claim more than the store holds"
-            assert int(shown(page, run)["items"]) == sizes[name]
+            assert int(shown(page, run)["items"]) == SIZES[name]
         stages = [(one["stage"], int(one["done"])) for one in page.read("tr[data-stage]")]
         assert [name for name, _ in stages] == list(SECONDS) * 3
         assert all(done >= 0 for _, done in stages)
         assert set(page.column("timeline", "stage")) == set(SECONDS)
+        check_reasons(page)
         for run in runs.values():
             run.wait()
         until(lambda: len(page.read("tr.ended")) == 3, 20, "the page to show three ended jobs")
         ended = " ".join(one["text"] for one in page.read("tr.ended"))
         for name, run in runs.items():
             committed, failed = stored(run)
-            assert (committed, failed) == (sizes[name], len(FAILS) if name == "posters" else 0)
-            assert f"{committed} of {sizes[name]} items" in ended
-        check_plots(page, sum(sizes.values()))
+            assert (committed, failed) == (SIZES[name], len(FAILS) if name == "posters" else 0)
+            assert f"{committed} of {SIZES[name]} items" in ended
+        check_plots(page, sum(SIZES.values()))
         failures = page.read("[data-failure]")
         errors = set(runs["posters"].dataset().error.values) - {""}
         assert len(errors) == len(FAILS) == len(failures)
         for error in errors:
             assert any(error in one["text"] for one in failures), (error, failures)
         assert not page.errors()
+
+
+def check_reasons(page: Page) -> None:
+    """A change of roles says why, under the mouse and in the list."""
+    until(lambda: page.read("[data-mark=retag]"), 10, "a change of roles")
+    newest = page.read("[data-mark=retag]")[0]["text"]
+    assert "\N{RIGHTWARDS ARROW}" in newest
+
+    def explained() -> bool:
+        page.hover("timeline", "when", "worker")
+        return any("\N{RIGHTWARDS ARROW}" in one["text"] for one in page.read(".bk-Tooltip, .bk-tooltip-content"))
+
+    until(explained, 20, "the reason under the mouse")
 
 
 def check_plots(page: Page, items: int) -> None:

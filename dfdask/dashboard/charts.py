@@ -24,6 +24,7 @@ from bokeh.plotting import figure
 from dfdask.dashboard.history import History, spread
 from dfdask.dashboard.palette import SLOTS, USE_COLOURS, Palette
 from dfdask.dashboard.records import BIN_SECONDS, USES, Bar, Held, Mark, Point, Tail, Use
+from dfdask.words import count, duration
 
 ROWS = 40  # workers that get a row of their own; more are shown together
 HEIGHT = 345  # of the plots of who runs what, in pixels
@@ -38,7 +39,7 @@ class Timeline:
         self._palette = palette
         self._bars = _Stream({name: [] for name in _BAR_COLUMNS})
         self._now = ColumnDataSource({name: [] for name in _BAR_COLUMNS})
-        self._marks = _Stream({"when": [], "worker": [], "text": [], "marker": [], "colour": []})
+        self._marks = _Stream({"when": [], "worker": [], "text": [], "marker": [], "colour": [], "edge": []})
         self._x, self._y = Range1d(start=0, end=1), FactorRange(factors=[])
         self.figure = _figure(height=HEIGHT, x_range=self._x, y_range=self._y, name="timeline")
         shape: dict[str, Any] = {"y": "worker", "left": "left", "right": "right", "height": 0.7}
@@ -46,11 +47,11 @@ class Timeline:
         bars = self.figure.hbar(source=self._bars.source, **shape, **look)
         now = self.figure.hbar(source=self._now, fill_alpha=0.55, **shape, **look)
         marks = self.figure.scatter(
-            "when", "worker", source=self._marks.source, marker="marker", size=9, fill_color="colour", line_color=GREY
+            "when", "worker", source=self._marks.source, marker="marker", size=9, fill_color="colour", line_color="edge"
         )
         bar_text = [("worker", "@worker"), ("job", "@job"), ("stage", "@stage"), ("items", "@items"), ("", "@calls")]
-        self.figure.add_tools(HoverTool(renderers=[bars, now], tooltips=bar_text))
-        self.figure.add_tools(HoverTool(renderers=[marks], tooltips="<b>@worker</b> @text"))
+        self.figure.add_tools(HoverTool(renderers=[bars, now], tooltips=bar_text, attachment="below"))
+        self.figure.add_tools(HoverTool(renderers=[marks], tooltips="<b>@worker</b> @text", attachment="above"))
         _clock(self.figure, 6)
 
     def push(self, history: History) -> None:
@@ -179,8 +180,8 @@ class HeldBytes:
     def _columns(self, held: Sequence[Held]) -> dict[str, Any]:
         columns: dict[str, Any] = {name: [0] * len(held) for name in SLOT_NAMES}
         for place, one in enumerate(held):
-            for stage, count_bytes in one.stage_bytes.items():
-                columns[SLOT_NAMES[self._palette.slot(stage)]][place] += count_bytes
+            for stage, nbytes in one.stage_bytes.items():
+                columns[SLOT_NAMES[self._palette.slot(stage)]][place] += nbytes
         return {"when": [_moment(one.when) for one in held], **columns}
 
 
@@ -250,6 +251,7 @@ def _mark_columns(marks: Sequence[Mark], history: History) -> dict[str, Any]:
         "text": [mark.text for mark in marks],
         "marker": [markers[mark.kind] for mark in marks],
         "colour": [colours[mark.kind] for mark in marks],
+        "edge": [GREY if mark.kind == "retag" else colours[mark.kind] for mark in marks],
     }
 
 
@@ -301,7 +303,7 @@ def _moment(when: float) -> float:
 
 
 def _calls(bar: Bar) -> str:
-    return f"{bar.calls} calls in {bar.end - bar.start:.3g} s" if bar.calls else "running"
+    return f"{count(bar.calls, 'call')} in {duration(bar.end - bar.start)}" if bar.calls else "running"
 
 
 def _natural(label: str) -> tuple[Any, ...]:
