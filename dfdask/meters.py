@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prometheus_client import Counter
 
+LOAD_SECONDS = 0.002  # that it takes at least to load or move weights
+
 
 def stage_done(stage: str, items: int, seconds: float, load_seconds: float) -> None:
-    """A stage call ended; ``load_seconds`` went into weights before it (0: they were there)."""
+    """A stage call ended; ``load_seconds`` went into weights before it, next to nothing if they were there."""
     _counter("items", "Items that went through a stage").labels(stage).inc(items)
     _counter("stage_seconds", "Device seconds of stage calls").labels(stage).inc(seconds)
-    if load_seconds > 0:
+    if load_seconds >= LOAD_SECONDS:
         _counter("loads", "Times that weights were loaded or moved for a stage").labels(stage).inc()
         _counter("load_seconds", "Seconds that went into weights").labels(stage).inc(load_seconds)
 

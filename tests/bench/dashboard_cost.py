@@ -164,7 +164,9 @@ def main() -> None:
             serve = [sys.executable, __file__, "--serve", address, "--workers", str(options.workers)]
             crowd = subprocess.Popen(serve, **quiet)
             with Client(address, set_as_default=False, timeout=30) as client:
+                began = time.perf_counter()
                 client.wait_for_workers(options.workers, timeout=300)
+                print(f"{'seconds_until_all_joined':40} {time.perf_counter() - began:.0f}", flush=True)
                 url = f"http://127.0.0.1:{web}/dfdask"
                 for name, value in measure(options, folder, scheduler.pid, client, url).items():
                     print(f"{name:40} {value}", flush=True)
