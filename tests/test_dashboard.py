@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import socket
 import urllib.request
+from base64 import b64encode
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
 from fleet import until
 from watcher import Watcher
 
@@ -233,6 +238,63 @@ def test_pages_that_break_stop_no_job(client: Client, tmp_path: Path, monkeypatc
         monkeypatch.setattr(cards, "lanes", lambda history, palette: 1 / 0)
         run = submit(fake_job(tmp_path), client=client).wait()
     assert run.progress.committed_items == 24
+
+
+class Drawing(SchedulerPlugin):
+    """In the gate's place: at each look there are 48 new pictures of 60 kB."""
+
+    name = "dfdask-gate"
+
+    def __init__(self) -> None:
+        self.events: deque[tuple[int, Event]] = deque(maxlen=1)
+
+    def state(self) -> ClusterState:
+        number = self.events[-1][0] + 1 if self.events else 0
+        pictures = {row: os.urandom(60_000) for row in range(48)}
+        self.events.append((number, ShardWritten(NOW + number, "r1", number, 48, 0, (), pictures)))
+        return state(NOW + number)
+
+
+def test_one_who_does_not_read_holds_up_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More would pile up in the scheduler's memory for as long as a browser hangs."""
+    monkeypatch.setattr("dfdask.dashboard.sampler.EVERY_SECONDS", 0.05)
+    monkeypatch.setattr("dfdask.dashboard.sampler.MOST_OF_CPU", 1.0)
+
+    def connect(port: int) -> socket.socket:
+        page = fetch(f"http://127.0.0.1:{port}/dfdask")
+        token = re.search(r'"token":"([^"]+)"', page)
+        assert token is not None
+        reader = socket.create_connection(("127.0.0.1", port), 20)
+        lines = ["GET /dfdask/ws HTTP/1.1", f"Host: 127.0.0.1:{port}", "Upgrade: websocket", "Connection: Upgrade"]
+        lines += ["Sec-WebSocket-Key: " + b64encode(os.urandom(16)).decode(), "Sec-WebSocket-Version: 13"]
+        lines += [f"Sec-WebSocket-Protocol: bokeh, {token[1]}", "", ""]
+        reader.sendall("\r\n".join(lines).encode())
+        assert b"101" in reader.recv(20)
+        return reader
+
+    async def watch() -> tuple[int, int]:
+        plugins = [Drawing(), Dashboard()]
+        async with Scheduler(
+            host="127.0.0.1", port=0, dashboard=True, dashboard_address="127.0.0.1:0", plugins=plugins
+        ) as scheduler:
+            sampler = scheduler.plugins[Dashboard.name].sampler
+            with await asyncio.to_thread(connect, scheduler.http_server.port):
+                (view,) = sampler._views
+                changes = 0
+
+                def count(event: Any) -> None:
+                    nonlocal changes
+                    changes += getattr(getattr(event, "model", None), "name", None) == "pictures"
+
+                view._document().on_change(count)
+                while sampler.looks < 15:
+                    await asyncio.sleep(0.05)
+            return sampler.looks, changes
+
+    looks, changes = asyncio.run(watch())
+    assert looks >= 15
+    # 3.8 MB each in base64, into buffers of the system that take a few MB.
+    assert 1 <= changes <= 6
 
 
 def test_a_scheduler_without_a_dashboard_works() -> None:
