@@ -193,8 +193,9 @@ def pictures(history: History) -> str:
     title = f"<h2>Newest pictures <span class=quiet>{count(history.pictures.count, 'preview')} so far</span></h2>"
     if not newest:
         return title + '<p class="quiet">They appear as shards are written.</p>'
+    names = {run: _name(history, run) for run in {one.run for one in newest}}
     images = "".join(
-        f'<img alt="row {one.row}" title="{_name(history, one.run)}, row {one.row:,}" data-run="{_text(one.run)}" '
+        f'<img alt="row {one.row}" title="{names[one.run]}, row {one.row:,}" data-run="{_text(one.run)}" '
         f'data-row="{one.row}" src="data:image/jpeg;base64,{b64encode(one.jpeg).decode()}">'
         for one in newest
     )

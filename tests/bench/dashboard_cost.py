@@ -1,156 +1,165 @@
-"""What the page and the metrics cost the scheduler: 400 simulated workers, three jobs, real tasks.
+"""What the page and the metrics cost the scheduler: 400 simulated workers, three jobs, 340 calls a second.
 
-python tests/bench/dashboard_cost.py [--workers 400] [--pages 1] [--rounds 6] [--seconds 8]
+python tests/bench/dashboard_cost.py [--workers 400] [--pages 1] [--seconds 20]
 
-A scheduler process; one process with all workers, whose fake stages sleep; three jobs. The page is closed and open (and
-the metrics scraped every two seconds) in turns while the jobs go on. Prints the scheduler's CPU share in both, the
-difference, the page's own account, and what one update costs.
+A real scheduler with its dashboard serves real pages to readers in other processes; a gate that only simulates takes
+the place of the real one, so that nothing else moves the figures. Prints the process's CPU share (less the simulation's
+own) with the page closed and open, what one update costs, and what one scrape of the metrics costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
-import socket
-import statistics
+import io
+import random
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import dask
-from distributed import Client, Worker
+import prometheus_client
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from PIL import Image
 
-import dfdask
+from dfdask.dashboard import Dashboard
+from dfdask.events import ClusterState, Event, JobState, RolesChanged, ShardWritten, StageState, TaskDone, WorkerState
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from watcher import Watcher  # noqa: E402
-
-STAGES = {"encode": 0.1, "denoise": 2.0, "decode": 0.3}  # seconds per item
-BATCH = 4
-SCRAPE_SECONDS = 2.0
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+STAGES = {"encode": 0.05, "denoise": 0.5, "decode": 0.2}  # seconds per item
+JOBS, BATCH, SHARD = 3, 4, 16
+SETTLE_SECONDS = 6.0
+READER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from watcher import Watcher
+with Watcher(sys.argv[2]) as watcher:
+    time.sleep(float(sys.argv[3]))
+    print(watcher.taken_bytes)
+"""
 
 
-async def serve_workers(address: str, count: int) -> None:
-    """All in one process and event loop: they only sleep, and look after themselves less often than real ones."""
-    dask.config.set(
-        {
-            "distributed.admin.tick.interval": "10s",
-            "distributed.admin.system-monitor.interval": "30s",
-            "distributed.worker.profile.enabled": False,
-        }
-    )
-    workers = [
-        Worker(address, nthreads=1, memory_limit=0, name=number, silence_logs="ERROR") for number in range(count)
-    ]
-    for start in range(0, count, 20):
-        await asyncio.gather(*workers[start : start + 20])
-    await asyncio.gather(*(worker.finished() for worker in workers))
+class SimulatedGate(SchedulerPlugin):
+    """States and events as a busy gate has them; ``seconds`` is the CPU that the simulation takes."""
 
+    name = "dfdask-gate"
 
-@contextlib.contextmanager
-def watched(url: str, pages: int) -> Iterator[list[Watcher]]:
-    """Open pages, and a Prometheus that asks often."""
-    done = threading.Event()
+    def __init__(self, workers: int) -> None:
+        self.seconds = 0.0
+        self.events: deque[tuple[int, Event]] = deque(maxlen=50_000)
+        self._random = random.Random(1)
+        self._next = 0
+        self._until = [time.time() + self._random.uniform(0, 2) for _ in range(workers)]
+        self._stage = [self._random.choices(list(STAGES), [1, 10, 4])[0] for _ in range(workers)]
+        self._done = [dict.fromkeys(STAGES, 0) for _ in range(JOBS)]
+        picture = io.BytesIO()
+        Image.frombytes("RGB", (96, 96), self._random.randbytes(96 * 96 * 3)).resize((64, 64)).save(picture, "JPEG")
+        self._picture = picture.getvalue()
 
-    def scrape() -> None:
-        while not done.wait(SCRAPE_SECONDS):
-            urllib.request.urlopen(url.replace("/dfdask", "/metrics"), timeout=20).read()
+    def note(self, event: Event) -> None:
+        self.events.append((self._next, event))
+        self._next += 1
 
-    thread = threading.Thread(target=scrape)
-    with contextlib.ExitStack() as stack:
-        watchers = [stack.enter_context(Watcher(url)) for _ in range(pages)]
-        thread.start()
-        yield watchers
-        done.set()
-        thread.join()
+    def go_on(self) -> None:
+        """Until now."""
+        began, now = time.process_time(), time.time()
+        for worker, until in enumerate(self._until):
+            while until <= now:
+                stage, job = self._stage[worker], self._random.randrange(JOBS)
+                predicted = STAGES[stage] * BATCH
+                seconds = predicted * self._random.uniform(0.8, 1.2)
+                address = f"tcp://10.0.0.1:{worker}"
+                self.note(
+                    TaskDone(
+                        until, f"run{job}", stage, address, BATCH, until - seconds, seconds, 0.0, predicted, 500_000
+                    )
+                )
+                self._done[job][stage] += BATCH
+                if stage == "decode" and self._done[job][stage] % SHARD == 0:
+                    row = self._done[job][stage]
+                    pictures = {row + place: self._picture for place in range(4)}
+                    self.note(ShardWritten(until, f"run{job}", row // SHARD, SHARD, 0, (), pictures))
+                if self._random.random() < 0.01:
+                    before, self._stage[worker] = stage, self._random.choice(list(STAGES))
+                    after = {f"run{job}/{self._stage[worker]}": 1.0}
+                    self.note(
+                        RolesChanged(until, address, {f"run{job}/{before}": 1.0}, after, "why", "split", 9.0, 10.0)
+                    )
+                until += seconds
+            self._until[worker] = until
+        self.seconds += time.process_time() - began
 
-
-def account(client: Client) -> tuple[float, int]:
-    """CPU seconds of the page by its own account, and its looks."""
-
-    def read(dask_scheduler: Any) -> tuple[float, int]:
-        sampler = dask_scheduler.plugins["dfdask-dashboard"].sampler
-        return sampler.spent.seconds, sampler.looks
-
-    spent: tuple[float, int] = client.run_on_scheduler(read)
-    return spent
-
-
-def measure(options: argparse.Namespace, folder: str, scheduler: int, client: Client, url: str) -> dict[str, Any]:
-    seconds = options.rounds * 2 * (options.seconds + 4) + 30
-    items = int(options.workers / sum(STAGES.values()) * seconds / 3)
-    runs = [
-        dfdask.submit(
-            {"model": {"fake": {"stages": STAGES, "handoff_bytes": 1000}}, "batch": BATCH, "shard": 32, "seed": number},
-            prompts=[f"{number} {item}" for item in range(items)],
-            output=f"{folder}/job-{number}",
-            client=client,
+    def state(self) -> ClusterState:
+        """Counted as a cost: the real gate must make one, too."""
+        jobs = tuple(
+            JobState(
+                *(f"run{job}", f"job {job}", f"runs/{job}", 0.0, 1.0, 1_000_000, done["decode"], 0),
+                stages=tuple(
+                    StageState(name, 100, 8, 20, done[name], 100, 1.0, 10_000_000, seconds, seconds, 0.1)
+                    for name, seconds in STAGES.items()
+                ),
+                forecast_seconds=1000.0,
+            )
+            for job, done in enumerate(self._done)
         )
-        for number in range(3)
-    ]
-    began = time.perf_counter()
-    while any(run.progress.committed_items < 1 for run in runs):
-        time.sleep(1)
-    print(f"{'seconds_until_all_jobs_commit':40} {time.perf_counter() - began:.0f}", flush=True)
-    shares: dict[str, list[float]] = {"closed": [], "open": []}
-    rates: dict[str, list[float]] = {"closed": [], "open": []}
-    own, looks, pushed = 0.0, 0, 0
-    for number in range(2 * options.rounds):
-        name = ("closed", "open")[number % 2]
-        with watched(url, options.pages) if name == "open" else contextlib.nullcontext([]) as watchers:
-            if name == "open":  # what it costs to open a page is another matter
-                _, opened_at = account(client)
-                while account(client)[1] < opened_at + 2:
-                    time.sleep(0.5)
-            page, looked = account(client)
-            taken = sum(watcher.taken_bytes for watcher in watchers)
-            cpu, began = cpu_seconds(scheduler), time.perf_counter()
-            committed = sum(run.progress.committed_items for run in runs)
-            time.sleep(options.seconds)
-            wall = time.perf_counter() - began
-            shares[name].append((cpu_seconds(scheduler) - cpu) / wall)
-            rates[name].append((sum(run.progress.committed_items for run in runs) - committed) / wall)
-            if name == "open":
-                after, now = account(client)
-                own, looks = own + after - page, looks + now - looked
-                pushed += sum(watcher.taken_bytes for watcher in watchers) - taken
-    assert all(run.progress.phase == "running" for run in runs), "the jobs ended too early: fewer --rounds"
-    for run in runs:
-        run.stop()
-    closed, opened = statistics.mean(shares["closed"]), statistics.mean(shares["open"])
-    differences = [after - before for before, after in zip(shares["closed"], shares["open"], strict=True)]
+        workers = tuple(
+            WorkerState(f"tcp://10.0.0.1:{number}", str(number), "gpu", 1, {stage: 1.0}, stage, 2, *([0.0] * 5))
+            for number, stage in enumerate(self._stage)
+        )
+        return ClusterState(time.time(), jobs, workers, 0.0)
+
+
+async def share(gate: SimulatedGate, seconds: float) -> float:
+    """CPU seconds per second that this process takes beside the simulation."""
+    cpu, own, began = time.process_time(), gate.seconds, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        await asyncio.sleep(0.2)
+        gate.go_on()
+    return (time.process_time() - cpu - (gate.seconds - own)) / (time.perf_counter() - began)
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    gate, page = SimulatedGate(options.workers), Dashboard()
+    async with Scheduler(
+        host="127.0.0.1", port=0, dashboard=True, dashboard_address="127.0.0.1:0", plugins=[gate, page]
+    ) as scheduler:
+        await share(gate, SETTLE_SECONDS)
+        before = await share(gate, options.seconds / 2)
+        url = f"http://127.0.0.1:{scheduler.http_server.port}/dfdask"
+        length = SETTLE_SECONDS + options.seconds
+        command = [sys.executable, "-c", READER, str(Path(__file__).parents[1]), url, str(length)]
+        readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.pages)]
+        await share(gate, SETTLE_SECONDS)  # what it costs to open a page is another matter
+        sampler = scheduler.plugins[Dashboard.name].sampler
+        looks, spent = sampler.looks, sampler.spent.seconds
+        opened = await share(gate, options.seconds - 2)
+        looks, spent = sampler.looks - looks, sampler.spent.seconds - spent
+        while any(reader.poll() is None for reader in readers):
+            await share(gate, 0.5)
+        pushed = sum(int(reader.communicate()[0]) for reader in readers)
+        while sampler._views:  # Bokeh keeps a session for a while
+            await share(gate, 1.0)
+        closed = (before + await share(gate, options.seconds / 2)) / 2
+        scrapes = []
+        for _ in range(10):
+            began = time.process_time()
+            prometheus_client.generate_latest()
+            scrapes.append(time.process_time() - began)
+    per_second = looks / (options.seconds - 2)
     return {
         "workers": options.workers,
-        "jobs": len(runs),
+        "jobs": JOBS,
         "pages": options.pages,
-        "items_per_second_closed": round(statistics.mean(rates["closed"]), 1),
-        "items_per_second_open": round(statistics.mean(rates["open"]), 1),
-        "scheduler_cpu_percent_closed": round(100 * closed, 2),
-        "scheduler_cpu_percent_open": round(100 * opened, 2),
-        "difference_percent": round(100 * (opened - closed), 2),
-        "its_standard_error": round(100 * statistics.stdev(differences) / len(differences) ** 0.5, 2),
-        "page_cpu_percent_by_its_own_account": round(100 * own / (options.rounds * options.seconds), 2),
-        "cpu_ms_per_update": round(1000 * own / max(looks, 1), 2),
-        "kilobytes_per_update_and_page": round(pushed / max(looks, 1) / max(options.pages, 1) / 1000, 1),
+        "scheduler_cpu_percent_page_closed": round(100 * closed, 2),
+        "scheduler_cpu_percent_page_open": round(100 * opened, 2),
+        "page_percent": round(100 * (opened - closed), 2),
+        "updates_per_second": round(per_second, 2),
+        "cpu_ms_per_update": round(1000 * (opened - closed) / per_second, 2),
+        "of_which_without_sending": round(1000 * spent / looks, 2),
+        "kilobytes_per_update_and_page": round(pushed / length / per_second / options.pages / 1000, 1),
+        "metrics_cpu_ms_per_scrape": round(1000 * sorted(scrapes)[len(scrapes) // 2], 2),
     }
 
 
@@ -158,36 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=400)
     parser.add_argument("--pages", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        asyncio.run(serve_workers(options.serve, options.workers))
-        return
-    port, web = free_port(), free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = ["dfdask", "scheduler", "--port", str(port), "--dashboard-address", f"127.0.0.1:{web}"]
-    scheduler = subprocess.Popen([sys.executable, "-m", *command], **quiet)
-    crowd = None
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            time.sleep(5)
-            serve = [sys.executable, __file__, "--serve", address, "--workers", str(options.workers)]
-            crowd = subprocess.Popen(serve, **quiet)
-            with Client(address, set_as_default=False, timeout=30) as client:
-                began = time.perf_counter()
-                client.wait_for_workers(options.workers, timeout=300)
-                print(f"{'seconds_until_all_joined':40} {time.perf_counter() - began:.0f}", flush=True)
-                url = f"http://127.0.0.1:{web}/dfdask"
-                for name, value in measure(options, folder, scheduler.pid, client, url).items():
-                    print(f"{name:40} {value}", flush=True)
-    finally:
-        for process in (crowd, scheduler):
-            if process is not None:
-                process.kill()
-                process.wait()
+    parser.add_argument("--seconds", type=float, default=20.0)
+    for name, value in asyncio.run(measure(parser.parse_args())).items():
+        print(f"{name:36} {value}")
 
 
 if __name__ == "__main__":
