@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from dfdask.stages.residency import resident_bytes
+
 if TYPE_CHECKING:
     from prometheus_client import Counter
 
@@ -13,6 +15,7 @@ LOAD_SECONDS = 0.002  # that it takes at least to load or move weights
 
 def stage_done(stage: str, items: int, seconds: float, load_seconds: float) -> None:
     """A stage call ended; ``load_seconds`` went into weights before it, next to nothing if they were there."""
+    _show_residency()
     _counter("items", "Items that went through a stage").labels(stage).inc(items)
     _counter("stage_seconds", "Device seconds of stage calls").labels(stage).inc(seconds)
     if load_seconds >= LOAD_SECONDS:
@@ -25,3 +28,10 @@ def _counter(name: str, text: str) -> Counter:
     from prometheus_client import Counter
 
     return Counter(f"dfdask_worker_{name}", text, ["stage"])
+
+
+@cache
+def _show_residency() -> None:
+    from prometheus_client import Gauge
+
+    Gauge("dfdask_worker_resident_bytes", "Weights on the device").set_function(resident_bytes)

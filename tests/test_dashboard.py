@@ -10,6 +10,7 @@ import socket
 import urllib.request
 from base64 import b64encode
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dfdask.dashboard import Dashboard, cards
 from dfdask.dashboard.history import BAR_SECONDS, CALLS_A_LOOK, WINDOW_SECONDS, History, roles_text
 from dfdask.dashboard.palette import OTHERS, SLOTS, Palette
 from dfdask.dashboard.records import BIN_SECONDS, Tail
+from dfdask.errors import JobStopped
 from dfdask.events import (
     ClusterState,
     Event,
@@ -338,6 +340,9 @@ def exported(client: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     places = [f"http://{info['host']}:{info['services']['dashboard']}/metrics" for info in workers]
     texts = {"scheduler": fetch(f"{address(client)}/metrics"), "workers": "".join(map(fetch, places))}
     running.stop()
+    with suppress(JobStopped):
+        running.wait(60)
+    until(lambda: not any(client.processing().values()), 20, "the workers to be idle")
     return texts
 
 
@@ -354,6 +359,7 @@ def test_metrics_count_what_was_done(exported: dict[str, str]) -> None:
         for value in re.findall(r'^dfdask_worker_items_total{stage="denoise"} (\S+)', exported["workers"], re.MULTILINE)
     )
     assert done >= 24
+    assert re.search(r"^dfdask_worker_resident_bytes [1-9]", exported["workers"], re.MULTILINE)
     assert re.search(r'^dfdask_job_items{name="run",run="\w+"} 400.0$', exported["scheduler"], re.MULTILINE)
     assert re.search(r'^dfdask_events_total{event="ShardWritten"} [1-9]', exported["scheduler"], re.MULTILINE)
 
