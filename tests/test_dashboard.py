@@ -333,7 +333,7 @@ def exported(client: Client, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     loads = {"weights": {"denoise": 1000}, "load_seconds": 0.05}
     run = submit(fake_job(tmp_path_factory.mktemp("done"), **loads), client=client)
     run.wait()
-    slow = fake_job(tmp_path_factory.mktemp("slow"), 400, stages={"encode": 0.0, "denoise": 0.2, "decode": 0.0})
+    slow = fake_job(tmp_path_factory.mktemp("slow"), 400, stages={"encode": 0.0, "denoise": 0.05, "decode": 0.0})
     running = submit(slow, client=client)
     until(lambda: running.progress.committed_items, 60, "the second job to run")
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
