@@ -15,7 +15,7 @@ from typing import Any
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.gate import Gate
+from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
 from dfdask.tags import worker_resources
 
@@ -60,7 +60,7 @@ class LocalFleet:
             "port": 0,
             "dashboard": True,
             "dashboard_address": f"127.0.0.1:{_free_port(8787)}",
-            "plugins": [Gate()],
+            "plugins": scheduler_plugins(),
         }
         with dask.config.set(SETTINGS), _interrupts_kept_out():
             self.cluster = SpecCluster(
@@ -88,7 +88,7 @@ def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
 
     async def serve(stopped: asyncio.Event) -> None:
         scheduler = Scheduler(
-            host=host, port=port, dashboard=True, dashboard_address=dashboard_address, plugins=[Gate()]
+            host=host, port=port, dashboard=True, dashboard_address=dashboard_address, plugins=scheduler_plugins()
         )
         try:
             await scheduler

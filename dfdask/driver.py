@@ -18,7 +18,8 @@ from dfdask.batching import micro_batches, shard_range
 from dfdask.controller import ANY_CLASS
 from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
 from dfdask.events import ShardCommitted
-from dfdask.gate import NAME, WRITE, Gate
+from dfdask.gate import WRITE
+from dfdask.plugins import scheduler_plugins
 from dfdask.prompts import ItemTable
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
@@ -93,7 +94,8 @@ class Driver:
         Raises JobStopped, StorageError (the output cannot be written), ModelError (a worker cannot load its
         stage) or ClusterError (the scheduler is gone, no worker for a stage, a stage that keeps dying).
         """
-        self._client.register_plugin(Gate(), name=NAME)
+        for plugin in scheduler_plugins():
+            self._client.register_plugin(plugin, name=plugin.name)
         if self._work.ref.fake is None:
             self._client.register_plugin(Preload())
         todo = deque(self._work.shards)

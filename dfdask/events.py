@@ -157,8 +157,13 @@ class JobStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobEnded(Event):
+    """``items`` were asked for, ``committed_items`` are in the store, ``failed_items`` of them with an error."""
+
     run: str
     reason: str
+    items: int = 0
+    committed_items: int = 0
+    failed_items: int = 0
 
 
 @dataclass(frozen=True, slots=True)

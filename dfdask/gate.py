@@ -137,7 +137,8 @@ class Gate(SchedulerPlugin):
         if account is None:
             return
         self.controller.remove_job(run)
-        self.ledger.note(JobEnded(time.time(), run, reason))
+        counts = account.items, account.committed_items, account.failed_items
+        self.ledger.note(JobEnded(time.time(), run, reason, *counts))
         self._ended.add(run)
         self._roles.forget(run)
         self._save_costs()

@@ -14,6 +14,7 @@ from distributed import get_worker, secede
 from distributed.diagnostics.plugin import WorkerPlugin
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
+from dfdask import meters
 from dfdask.errors import ClusterError, DfdaskError, StorageError
 from dfdask.gate import BEGAN
 from dfdask.items import Item
@@ -96,6 +97,7 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
         if not is_out_of_memory(error):
             raise
         return Batch((), problem=_too_little_memory(stage, batch, error))
+    meters.stage_done(stage, sum(len(group.items) for group in batch.groups), result.seconds[stage], load_seconds)
     told = {"start": started, "seconds": result.seconds[stage], "load_seconds": load_seconds}
     holds = getattr(held, "holds", None)
     if holds is not None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dfdask"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
-CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
+CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core", "prometheus-client": "prometheus_client"}
 
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
@@ -41,12 +41,12 @@ LAYERS: dict[str, set[str]] = {
     "models": {"stages", "bundled"},
     "dask": {
         *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
-        *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
+        *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends", "plugins", "meters"),
     },
     "tools": {"simulate", "evaluate", "plan"},
     "face": {
-        *("cli", "progress", "terminal", "watch", "notebook", "summary", "explain", "report", "report_page"),
-        *("sheet", "export", "export_formats"),
+        *("cli", "dashboard", "progress", "terminal", "watch", "notebook", "summary", "explain", "report"),
+        *("report_page", "sheet", "export", "export_formats"),
     },
     "top": {"__init__", "__main__"},
 }
@@ -260,4 +260,5 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     inside = {name for name in names if name.startswith("dfdask/")}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     data = {str(path.relative_to(ROOT)) for path in (PACKAGE / "bundled" / "model").rglob("*") if path.is_file()}
+    data |= {f"dfdask/dashboard/page.{kind}" for kind in ("html", "css")}
     assert inside == sources | data | {"dfdask/py.typed", "dfdask/device_rates.json"}

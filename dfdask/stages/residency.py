@@ -71,6 +71,12 @@ def report() -> list[dict[str, Any]]:
     return [entry for residency in list(_residencies.values()) for entry in residency.report()]
 
 
+def resident_bytes() -> int:
+    """Weights on this process's devices now. Takes no lock: a look must not wait for a call to end."""
+    fake = sum(list(_fake_device.held.values())) if _fake_device is not None else 0
+    return fake + sum(residency.used_bytes() for residency in list(_residencies.values()))
+
+
 class HeldStage:
     """A stage with its weights; runs on the device, as its hint says."""
 
@@ -252,7 +258,7 @@ class Residency:
 
     def used_bytes(self) -> int:
         """On the device, by weights."""
-        return sum(weights.device_bytes for held in self._held.values() for weights in held.weights)
+        return sum(weights.device_bytes for held in list(self._held.values()) for weights in held.weights)
 
     def place(self, held: HeldStage, room_bytes: int, forced: bool = False) -> None:
         """Bring the stage's weights to the device, streamed where they do not fit beside ``room_bytes``.
