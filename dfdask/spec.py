@@ -179,6 +179,7 @@ class JobSpec(_Part):
     ) = Field(default=None, examples=[2])
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _job_dir: Path | None = PrivateAttr(default=None)  # of the job file; None for a job made in Python
 
     def __init__(self, **fields: Any) -> None:
         """Raises SpecError."""
@@ -241,8 +242,9 @@ class JobSpec(_Part):
         if fields.get("output") is None:
             fields["output"] = f"local/{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}"
         spec = cls._made({**fields, **changes}, str(path), lines)
+        spec._job_dir = path.resolve().parent
         if "prompts" not in changes:
-            spec._base_dir = path.resolve().parent
+            spec._base_dir = spec._job_dir
             spec._confine(path, lines)
         return spec
 
@@ -250,6 +252,7 @@ class JobSpec(_Part):
         """The same job with other values, validated again."""
         known = {name: getattr(self, name) for name in self.model_fields_set}
         spec = self._made({**known, **fields}, "job", {})
+        spec._job_dir = self._job_dir
         if "prompts" not in fields:
             spec._base_dir = self._base_dir
         return spec
@@ -273,6 +276,13 @@ class JobSpec(_Part):
     def prompt_path(self) -> Path | None:
         """Where the prompt file is; None for inline prompts."""
         return None if isinstance(self.prompts, list) else self._base_dir / self.prompts.file
+
+    def picture_folders(self) -> tuple[Path, tuple[Path, ...] | None]:
+        """Where relative picture files are looked up, and the folders that they must lie in; None: anywhere."""
+        if self._job_dir is None:
+            return Path.cwd(), None
+        path = self.prompt_path()
+        return self._job_dir, (self._job_dir, Path.cwd(), *([path.parent] if path else []))
 
     def canonical(self) -> dict[str, Any]:
         """What determines the pixels, besides the items, as JSON-able data."""

@@ -22,7 +22,7 @@ class Stage(Protocol):
 
         What has a part for each item is handed over as ``Rows``: nothing else is divided with the items. The last
         stage returns a sequence of uint8 arrays, one per item, or an exception in the place of an item that came out
-        wrong.
+        wrong. Where ``passes_pictures`` is there and false, later stages get the items' pictures without their data.
         """
 
 
@@ -99,7 +99,11 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
     while todo:
         group = todo.pop()
         try:
-            groups.append(replace(group, state=stage.run(group.items, group.state)))
+            done = stage.run(group.items, group.state)
+            items = group.items
+            if not getattr(stage, "passes_pictures", True):
+                items = tuple(item.without_pictures() for item in items)
+            groups.append(Group(items, done))
         except DfdaskError:
             raise
         except Exception as error:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from dfdask.arguments import canonical_json, nearest
 from dfdask.errors import ModelError, SpecError
 from dfdask.items import Item
-from dfdask.stages.cut import StopStage, open_pipeline, pipeline_call, stage_names
+from dfdask.stages.call import pipeline_call
+from dfdask.stages.cut import StopStage, open_pipeline, stage_names
 from dfdask.stages.model import WHOLE, ModelRef, locate
 
 _MAX_CHECKED = 1000
