@@ -104,7 +104,8 @@ def _size(text: str, data: bytes) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
-                if image.getexif().get(orientation_tag) in turned:
+                known = image.format != "PNG" or "exif" in image.info  # a PNG is decoded to search it for more
+                if known and image.getexif().get(orientation_tag) in turned:
                     width, height = height, width
     except Image.DecompressionBombError:
         raise ValueError(f"must have at most {MAX_PIXELS:,} pixels, got far more in {shown(text)}") from None

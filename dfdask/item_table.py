@@ -100,7 +100,7 @@ class ItemTable:
         ``id`` and ``prompt`` (StringDType), ``seed`` (uint32), ``image_index`` (uint16), and every argument
         that some item sets itself, with the job's value where an item does not: int64, float64 (NaN where
         there is no value), bool, or StringDType ("" where there is none; JSON text for data that is none of
-        these).
+        these). Paths of pictures are in ``input_...`` columns: ``image`` is the output.
         """
         copies = self.images_per_prompt
         image_index = np.tile(np.arange(copies, dtype=np.uint16), len(self.prompts))
@@ -109,7 +109,7 @@ class ItemTable:
             "prompt": np.repeat(_strings(map(self.prompts.__getitem__, range(len(self.prompts)))), copies),
             "seed": np.repeat(self.seeds, copies) + image_index.astype(np.uint32),
             "image_index": image_index,
-            **{name: np.repeat(self._effective(name), copies) for name in self.own},
+            **{_column_name(name): np.repeat(self._effective(name), copies) for name in self.own},
         }
 
     def digest(self) -> str:
@@ -184,6 +184,10 @@ class ItemTable:
         if kinds <= {str, type(None)}:
             return _strings("" if value is None else value for value in values)
         return _strings(canonical_json(value) for value in values)
+
+
+def _column_name(argument: str) -> str:
+    return f"input_{argument}" if is_picture(argument) else argument
 
 
 def _strings(texts: Iterable[str]) -> NDArray[Any]:

@@ -144,6 +144,38 @@ class WorkerGroup(_Part):
         return value
 
 
+class Adapter(_Part):
+    """A LoRA: a safetensors file, a directory or a hub id, and how much of it."""
+
+    path: Name = Field(examples=["loras/ink.safetensors"])
+    weight_name: Annotated[Name, Field(pattern=r"\.safetensors$")] | None = Field(
+        default=None, examples=["pytorch_lora_weights.safetensors"]
+    )
+    revision: Name | None = Field(default=None, examples=["main"])
+    scale: Annotated[float, Field(ge=-100, le=100)] = Field(default=1.0, examples=[0.8])
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+
+class Scheduler(_Part):
+    """A scheduler class of diffusers instead of the model's own, with options of its configuration."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
+
+    kind: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_]+Scheduler$")] = Field(
+        alias="class", examples=["EulerDiscreteScheduler"]
+    )
+    options: dict[StrictStr, Any] = Field(default={}, examples=["{use_karras_sigmas: true}"])
+
+    @field_validator("options")
+    @classmethod
+    def _plain_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {name: located((name,), plain, entry) for name, entry in value.items()}
+
+
 def _kind(single: type, name: str, several: str) -> Discriminator:
     """Tells a union's two members apart by their shape alone, so that problems name the user's keys."""
     return Discriminator(lambda value: f"<{name}>" if isinstance(value, (single, Mapping)) else f"<{several}>")
@@ -162,6 +194,8 @@ class JobSpec(_Part):
     images_per_prompt: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(default=1, examples=[1])
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = Field(default=0, examples=[0])
     arguments: dict[Any, Any] = Field(default={}, examples=["{num_inference_steps: 30}"])
+    adapters: list[Adapter] = Field(default=[], examples=["[{path: loras/ink.safetensors, scale: 0.8}]"])
+    scheduler: Scheduler | None = Field(default=None, examples=["{class: EulerDiscreteScheduler}"])
     output: Name | None = Field(default=None, examples=["local/my-run"])
     revision: Name | None = Field(default=None, examples=["main"])
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", examples=["bfloat16"])
@@ -284,6 +318,11 @@ class JobSpec(_Part):
         path = self.prompt_path()
         return self._job_dir, (self._job_dir, Path.cwd(), *([path.parent] if path else []))
 
+    def base_file(self, text: str) -> str:
+        """A file or folder that the job names: below the job file's folder where it is there, else as it is written."""
+        beside = (self._job_dir or Path.cwd()) / text
+        return str(beside) if beside.exists() else text
+
     def canonical(self) -> dict[str, Any]:
         """What determines the pixels, besides the items, as JSON-able data."""
         names = (
@@ -293,11 +332,14 @@ class JobSpec(_Part):
             "seed",
             "images_per_prompt",
             "arguments",
+            "adapters",
+            "scheduler",
             "batch",
             "shard",
             "strict",
         )
-        return self.model_dump(mode="json", include=set(names))
+        values = self.model_dump(mode="json", include=set(names))
+        return {name: value for name, value in values.items() if name not in _NEWER or value}
 
     @classmethod
     def _made(cls, fields: Mapping[str, Any], source: str, lines: Lines) -> JobSpec:
@@ -326,6 +368,9 @@ class JobSpec(_Part):
                 f"{job}: line {line}: prompts: the file must lie in the folder of the job file or below the "
                 f"current directory, got {path}; move it there, or name it on the command line (--prompts)"
             )
+
+
+_NEWER = ("adapters", "scheduler")  # what runs of earlier versions do not name
 
 
 def fingerprint(canonical: Mapping[str, Any], items_digest: str) -> str:
@@ -375,4 +420,5 @@ def _part_at(path: tuple[str | int, ...]) -> type[BaseModel]:
         return PromptFile
     if path[:1] == ("model",):
         return FakeModel if len(path) == 1 else FakeStages
-    return WorkerGroup if path[:1] == ("workers",) else JobSpec
+    parts: dict[Any, type[BaseModel]] = {"workers": WorkerGroup, "adapters": Adapter, "scheduler": Scheduler}
+    return parts.get(path[0], JobSpec) if path else JobSpec

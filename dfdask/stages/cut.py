@@ -24,6 +24,7 @@ from typing import Any
 
 from dfdask.errors import ModelError
 from dfdask.items import Item, pictures_in
+from dfdask.stages.adapters import load_adapters, set_scheduler
 from dfdask.stages.anatomy import Anatomy, anatomy
 from dfdask.stages.call import pipeline_call, to_pixels
 from dfdask.stages.encode import Encoder
@@ -55,6 +56,20 @@ class Phantom:
         raise StopStage((args, kwargs))
 
     decode = forward
+
+    def to(self, *args: Any, dtype: Any = None, **kwargs: Any) -> Phantom:
+        """Change the dtype of what has no weights; there is nothing to move."""
+        import torch
+
+        wanted = next((value for value in args if isinstance(value, torch.dtype)), dtype)
+        if wanted is not None:
+            self._model.to(dtype=wanted)
+        return self
+
+    def pass_by(self, *args: Any, **kwargs: Any) -> None:
+        """Adapters are loaded where the weights are."""
+
+    load_lora_adapter = load_adapter = pass_by
 
 
 def import_libraries() -> None:
@@ -148,6 +163,8 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
             "download or save the model again"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
+    set_scheduler(pipeline, ref.scheduler)
+    load_adapters(pipeline, ref.adapters)
     return pipeline
 
 

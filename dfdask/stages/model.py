@@ -11,6 +11,7 @@ from typing import Any
 
 from dfdask.errors import ModelError
 from dfdask.spec import FakeStages, JobSpec
+from dfdask.stages.adapters import AdapterRef, SchedulerRef, adapter_ref
 
 WHOLE = "generate"  # the only stage of a pipeline that has no cut points
 _SAMPLED_BYTES = 1 << 16
@@ -30,6 +31,8 @@ class ModelRef:
     strict: bool
     revision: str | None = None
     fake: FakeStages | None = None
+    adapters: tuple[AdapterRef, ...] = ()
+    scheduler: SchedulerRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,19 @@ def model_ref(spec: JobSpec) -> ModelRef:
         source = str(Path(source).resolve())
     folder = locate(source, spec.revision)
     check_parts(folder)
-    return ModelRef(source, digest(folder), spec.dtype, spec.device, spec.strict, spec.revision)
+    return ModelRef(
+        source=source,
+        digest=digest(folder),
+        dtype=spec.dtype,
+        device=spec.device,
+        strict=spec.strict,
+        revision=spec.revision,
+        adapters=tuple(
+            adapter_ref(str(spec.base_file(entry.path)), entry.weight_name, entry.revision, entry.scale)
+            for entry in spec.adapters
+        ),
+        scheduler=SchedulerRef(spec.scheduler.kind, spec.scheduler.options) if spec.scheduler else None,
+    )
 
 
 def with_defaults(spec: JobSpec) -> JobSpec:
