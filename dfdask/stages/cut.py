@@ -171,7 +171,8 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
 class PipelineStage:
     """One stage of a diffusers pipeline on this worker's device."""
 
-    def __init__(self, ref: ModelRef, stage: str) -> None:
+    def __init__(self, ref: ModelRef, stage: str, pipeline: Any = None) -> None:
+        """Raises ModelError. ``pipeline`` is for what has opened one already, with stand-ins for its components."""
         import torch
 
         if ref.strict:
@@ -179,7 +180,7 @@ class PipelineStage:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
-        self._pipeline = open_pipeline(ref, stage, self._device)
+        self._pipeline = open_pipeline(ref, stage, self._device) if pipeline is None else pipeline
         folder = locate(ref.source, ref.revision)
         self._anatomy = pipeline_anatomy(folder)
         self._encoders = (
