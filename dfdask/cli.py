@@ -1,4 +1,4 @@
-"""The command line: ``dfdask run``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
+"""The command line: ``dfdask run``, ``inspect``, ``status``, ``show``, ``export``, ``scheduler`` and ``worker``.
 
 Nothing heavy is imported before a command needs it: ``dfdask --help`` answers at once.
 """
@@ -138,22 +138,57 @@ def show(run: str, limit: int) -> None:
 @main.command(epilog=_RUN_HELP)
 @click.argument("run")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["png", "webdataset", "parquet"]), default="png", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["png", "webdataset", "parquet", "mp4"]),
+    help="[default: png for pictures, mp4 for videos]",
+)
+@click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DESTINATION.")
-def export(run: str, destination: Path, form: Literal["png", "webdataset", "parquet"], overwrite: bool) -> None:
+def export(
+    run: str, destination: Path, form: Literal["png", "webdataset", "parquet", "mp4"] | None, fps: int, overwrite: bool
+) -> None:
     """Write the pictures of RUN to DESTINATION for other programs.
 
     png: files with metadata.jsonl, a Hugging Face imagefolder. webdataset: tar files. parquet: a Hugging Face
-    dataset with the pictures inside.
+    dataset with the pictures inside. mp4: the videos of a run of videos, with metadata.jsonl.
     """
     from dfdask.export import export_run
     from dfdask.words import count
 
-    done = export_run(_store(run), form, destination, overwrite=overwrite)
+    store = _store(run)
+    chosen = form or ("mp4" if store.layout.kind == "video" else "png")
+    done = export_run(store, chosen, destination, overwrite=overwrite, frames_per_second=fps)
     click.echo(f"wrote {count(done.items, 'item')} in {count(done.files, 'file')} to {destination}")
     if done.skipped:
         waiting = done.skipped - done.failed
         click.echo(f"left out {count(done.skipped, 'item')}: {done.failed} failed, {waiting} not there yet")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An argument of the pipeline call, e.g. --set height=512; several times for several.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def inspect(model: str, dtype: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """The stages and components of MODEL and what an item costs, without loading weights.
+
+    MODEL is `bundled`, a directory or a hub id.
+    """
+    from dfdask.inspection import inspected, print_inspected
+
+    found = inspected(model, dtype, _settings(settings))
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        print_inspected(_console(), found)
 
 
 @main.command()
@@ -241,6 +276,20 @@ def _store(run: str) -> RunStore:
     if run.lower().endswith((".yaml", ".yml")):
         output = _job(Path(run), {}).output
     return RunStore.open(resolve_output(output or run))
+
+
+def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it reads as that, else text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not name or not separator:
+            raise SpecError(f"--set: must be NAME=VALUE, got {text!r}; write e.g. --set height=512")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _stage_names(text: str | None) -> list[str] | None:

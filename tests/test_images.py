@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from PIL import Image
 from pictures import make_picture, png
+from PIL import Image
 from tiny_models import monolithic
 
 from dfdask import images
@@ -37,7 +37,7 @@ def job(tmp_path: Path) -> Callable[..., ItemTable]:
     def read(**own: Any) -> ItemTable:
         path = tmp_path / "jobs" / "job.yaml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"model: bundled\nprompts:\n- {({'prompt': 'a cat', **own})!r}\n")
+        path.write_text(f"model: bundled\nprompts:\n- { ({'prompt': 'a cat', **own})!r}\n")
         return read_items(JobSpec.from_yaml(path))
 
     return read

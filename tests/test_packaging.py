@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
         *("gate", "roles", "stage_tasks", "telemetry", "cost_file"),
     },
     "tools": {"simulate"},
-    "face": {"cli", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
+    "face": {"cli", "inspection", "video", "progress", "notebook", "summary", "sheet", "export", "export_formats"},
     "top": {"__init__", "__main__"},
 }
 # What a layer must never know about, whatever else it imports.
@@ -221,7 +221,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "jobqueue", "kubernetes", "cloud", "gateway"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "jobqueue", "kubernetes", "cloud", "gateway", "video"}
 
 
 def test_changelog_names_the_version() -> None:

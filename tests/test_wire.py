@@ -123,7 +123,7 @@ def test_the_order_in_memory_is_kept() -> None:
     """CPU kernels round by it."""
     for order in ((0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3), (1, 0, 2, 3)):
         tensor = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5).permute(order)
-        arrived = travel(Batch((Group((), tensor),))).groups[0].state
+        arrived = state_of(there(holding(tensor)))
         assert torch.equal(arrived, tensor) and arrived.stride() == tensor.stride()
 
 

@@ -11,7 +11,7 @@ import tiny_models as tiny
 import torch
 import transformers
 
-WORDS = [*tiny.CHARACTERS, "\u2581", "\n", " ", *"<>|_()\"-"]
+WORDS = [*tiny.CHARACTERS, "\u2581", "\n", " ", *'<>|_()"-']
 
 
 def _bpe(kind: Any, special: list[str], **more: Any) -> Any:
@@ -374,7 +374,13 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sdxl_inpaint": {**_IMAGE, "guidance_scale": 5.0, "strength": 0.7},
     "sd3_img2img": {**_IMAGE, "guidance_scale": 5.0, "strength": 0.7, "max_sequence_length": 16},
     "flux_img2img": {**_IMAGE, "guidance_scale": 3.5, "strength": 0.7, "max_sequence_length": 16},
-    "flux_kontext": {**_IMAGE, "guidance_scale": 3.5, "max_area": 1024, "_auto_resize": False, "max_sequence_length": 16},
+    "flux_kontext": {
+        **_IMAGE,
+        "guidance_scale": 3.5,
+        "max_area": 1024,
+        "_auto_resize": False,
+        "max_sequence_length": 16,
+    },
     "qwen_img2img": {**_IMAGE, "true_cfg_scale": 4.0, "negative_prompt": "bad", "strength": 0.7},
     "wan_i2v": {**_VIDEO, "num_frames": 5, "guidance_scale": 5.0},
     "ltx_i2v": {**_VIDEO, "height": 32, "width": 32, "guidance_scale": 3.0},

@@ -56,7 +56,8 @@ def adapter_file(source: str, weight_name: str | None, revision: str | None) -> 
         raise ModelError(f"adapters: {path} needs `weight_name`, one of its safetensors files ({names})")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(
-            f"adapters: there is no adapter {source!r}; give a safetensors file, its directory or a hub id like owner/name"
+            f"adapters: there is no adapter {source!r}; give a safetensors file, its directory or a hub id like "
+            "owner/name"
         )
     from huggingface_hub import hf_hub_download
 

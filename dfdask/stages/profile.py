@@ -22,10 +22,10 @@ from dfdask.stages.cut import Phantom, PipelineStage, open_pipeline, pipeline_an
 from dfdask.stages.model import ModelRef, locate
 from dfdask.stages.state import map_leaves, shapes
 
-_VIEWS = frozenset(
-    "view reshape expand permute transpose slice select unsqueeze squeeze split split_with_sizes chunk alias t detach "
-    "unbind as_strided _unsafe_view".split()
-)
+_VIEWS = {
+    *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze"),
+    *("squeeze", "split", "split_with_sizes", "chunk", "alias", "detach", "unbind", "as_strided"),
+}
 _STAND_IN_NUMBERS = 1 << 26
 _METHODS = ("forward", "encode", "decode")
 
@@ -200,7 +200,8 @@ def _run(function: Any, args: Any, kwargs: Any, work: _Work) -> Any:
                 work.bytes_moved += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
             return output
 
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, Traffic(), Attention():
+    traffic: Any = Traffic
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, traffic(), Attention():
         result = function(*args, **kwargs)
     for operation, count in flops.get_flop_counts().get("Global", {}).items():
         # Attention that is written out multiplies batches of matrices; layers do not.
