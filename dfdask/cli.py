@@ -94,6 +94,8 @@ def run(
     _hush_dask()
     started = submit(spec, scheduler=scheduler, new_run=new_run)
     print_rows(console, header(started.progress, _model(spec), lines))
+    if uncut := started.store.attributes["dfdask"].get("uncut"):
+        print_rows(console, [("stages", f"one, the whole pipeline: {uncut}")])
     progress = follow(started, console, lines)
     print_rows(console, summary(progress))
     if sheet := _sheet(started.store):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 def inspected(model: str, dtype: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The stages of ``model`` as JSON-able data. Raises ModelError and SpecError."""
     from dfdask.stages.check import inspect_model
-    from dfdask.stages.cut import pipeline_anatomy
     from dfdask.stages.model import components, locate, model_ref, with_defaults
     from dfdask.stages.profile import example_item, stage_profiles
 
@@ -50,7 +49,7 @@ def inspected(model: str, dtype: str, arguments: Mapping[str, Any]) -> dict[str,
         "dtype": dtype,
         "arguments": dict(spec.arguments),
         "shape": list(checked.shapes[0]),
-        "uncut": pipeline_anatomy(folder).uncut or None,
+        "uncut": checked.uncut or None,
         "stages": stages,
     }
 

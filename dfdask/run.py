@@ -311,6 +311,7 @@ def _create(
         "version": FORMAT_VERSION,
         **facts,
         "stages": list(checked.stages),
+        **({"uncut": checked.uncut} if checked.uncut else {}),
         "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -37,18 +36,13 @@ from dfdask.arguments import (
 from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
+from dfdask.spec_parts import Adapter, Count, Name, Part, Scheduler
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Name = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 StageName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 ITEM_KEYS = ("prompt", "id", "seed")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class PromptFile(_Part):
+class PromptFile(Part):
     """Prompts in a file.
 
     ``columns`` says which column holds ``prompt``, ``id``, ``seed`` or a pipeline argument; null means: do
@@ -78,14 +72,14 @@ class PromptFile(_Part):
 Seconds = Annotated[float, Field(ge=0, strict=True)]
 
 
-class FakeShift(_Part):
+class FakeShift(Part):
     """Other seconds per item from the row ``at`` on: a change of the mix in mid-run."""
 
     at: Annotated[StrictInt, Field(ge=0)] = Field(examples=[300])
     stages: dict[StageName, Seconds] = Field(examples=["{encode: 0.3}"])
 
 
-class FakeStages(_Part):
+class FakeStages(Part):
     """A model without a model: stages that sleep, for tests, demonstrations and simulations.
 
     ``weights`` are the bytes of each stage's only component, ``load_seconds`` what bringing one to the device takes;
@@ -118,13 +112,13 @@ class FakeStages(_Part):
         return self
 
 
-class FakeModel(_Part):
+class FakeModel(Part):
     """``model: {fake: {...}}``."""
 
     fake: FakeStages = Field(examples=["{stages: {encode: 0.1, denoise: 1.0, decode: 0.1}}"])
 
 
-class WorkerGroup(_Part):
+class WorkerGroup(Part):
     """``count`` local workers that are bound to ``stages`` (None: the scheduler gives them what there is to do).
 
     ``device_class`` names what they run on where there are several kinds; ``memory`` are the bytes that components
@@ -144,44 +138,12 @@ class WorkerGroup(_Part):
         return value
 
 
-class Adapter(_Part):
-    """A LoRA: a safetensors file, a directory or a hub id, and how much of it."""
-
-    path: Name = Field(examples=["loras/ink.safetensors"])
-    weight_name: Annotated[Name, Field(pattern=r"\.safetensors$")] | None = Field(
-        default=None, examples=["pytorch_lora_weights.safetensors"]
-    )
-    revision: Name | None = Field(default=None, examples=["main"])
-    scale: Annotated[float, Field(ge=-100, le=100)] = Field(default=1.0, examples=[0.8])
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _path_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-
-class Scheduler(_Part):
-    """A scheduler class of diffusers instead of the model's own, with options of its configuration."""
-
-    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
-
-    kind: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_]+Scheduler$")] = Field(
-        alias="class", examples=["EulerDiscreteScheduler"]
-    )
-    options: dict[StrictStr, Any] = Field(default={}, examples=["{use_karras_sigmas: true}"])
-
-    @field_validator("options")
-    @classmethod
-    def _plain_options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {name: located((name,), plain, entry) for name, entry in value.items()}
-
-
 def _kind(single: type, name: str, several: str) -> Discriminator:
     """Tells a union's two members apart by their shape alone, so that problems name the user's keys."""
     return Discriminator(lambda value: f"<{name}>" if isinstance(value, (single, Mapping)) else f"<{several}>")
 
 
-class JobSpec(_Part):
+class JobSpec(Part):
     """A validated job. See ``jobs/README.md`` for what each key means."""
 
     model: Annotated[

@@ -28,7 +28,18 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
-    "values": {"spec", "items", "images", "events", "errors", "arguments", "problems", "job_file", "tags"},
+    "values": {
+        "spec",
+        "spec_parts",
+        "items",
+        "images",
+        "events",
+        "errors",
+        "arguments",
+        "problems",
+        "job_file",
+        "tags",
+    },
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
         *("cost", "fluid", "placement", "dispatch", "controller"),

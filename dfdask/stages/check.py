@@ -13,7 +13,7 @@ from dfdask.errors import ModelError, SpecError
 from dfdask.images import Picture
 from dfdask.items import Item, pictures_in
 from dfdask.stages.call import pipeline_call
-from dfdask.stages.cut import StopStage, open_pipeline, stage_names
+from dfdask.stages.cut import StopStage, open_pipeline, pipeline_anatomy, stage_names
 from dfdask.stages.model import WHOLE, ModelRef, locate
 
 _MAX_CHECKED = 1000
@@ -30,18 +30,23 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A model that takes the job: its stages in order, and what comes out."""
+    """A model that takes the job: its stages in order, what comes out, and why it is not cut where it is not."""
 
     stages: tuple[str, ...]
     output: Output
+    uncut: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A model's stages in order, and the shape that it makes of each sample, without the channels."""
+    """A model's stages in order, and the shape that it makes of each sample, without the channels.
+
+    ``uncut`` says why a pipeline runs whole, else it is empty.
+    """
 
     stages: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    uncut: str = ""
 
 
 def check_job(
@@ -75,7 +80,8 @@ def check_job(
     sizes = None
     if len(kinds) > 1:
         sizes = tuple((inspected.shapes[place][-2], inspected.shapes[place][-1]) for place in sample_of)
-    return Checked(inspected.stages, Output("video" if frames else "image", (*frames, height, width, 3), sizes))
+    output = Output("video" if frames else "image", (*frames, height, width, 3), sizes)
+    return Checked(inspected.stages, output, inspected.uncut)
 
 
 def _sized(value: Any) -> Any:
@@ -87,11 +93,13 @@ def _sized(value: Any) -> Any:
 
 def inspect_model(ref: ModelRef, samples: Sequence[Item]) -> Inspected:
     """Open the pipeline of ``ref`` without weights and try ``samples`` on it. Raises SpecError and ModelError."""
-    stages = stage_names(locate(ref.source, ref.revision))
+    folder = locate(ref.source, ref.revision)
+    stages = stage_names(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = open_pipeline(ref, None, "cpu")
-    return Inspected(stages, tuple(_shape(pipeline, item, stages) for item in samples))
+    shapes = tuple(_shape(pipeline, item, stages) for item in samples)
+    return Inspected(stages, shapes, pipeline_anatomy(folder).uncut)
 
 
 def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 from tiny_families import ARGUMENTS as MORE
 from tiny_models import ARGUMENTS
@@ -40,7 +39,8 @@ def test_counts_are_those_of_a_real_run(tiny: Tiny, family: str) -> None:
             batch = run_batch(name, stage, batch)
         # On the CPU, torch counts nothing for fused attention.
         assert profile.linear_flops == pytest.approx(
-            sum(count for kind, count in counted.get_flop_counts()["Global"].items() if "bmm" not in str(kind)), rel=1e-6
+            sum(count for kind, count in counted.get_flop_counts()["Global"].items() if "bmm" not in str(kind)),
+            rel=1e-6,
         )
         assert profile.bytes_moved > sum(profile.weight_bytes.values())
         (group,) = batch.groups
