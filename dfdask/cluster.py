@@ -31,7 +31,10 @@ CONNECT_SECONDS = 10
 
 
 class LocalFleet:
-    """A scheduler in this process and worker processes on this machine; they end with this process."""
+    """A scheduler in this process and worker processes on this machine; they end with this process.
+
+    ``worker`` specifies more of them, for a ``cluster`` that follows its work.
+    """
 
     def __init__(self, workers: int | Sequence[WorkerGroup] | None) -> None:
         from distributed import Nanny, Scheduler, SpecCluster
@@ -44,6 +47,7 @@ class LocalFleet:
             "silence_logs": "ERROR",
             "preload": ["dfdask.quiet"],
         }
+        self.worker: Mapping[str, Any] = {"cls": Nanny, "options": options}
         specification: dict[int, dict[str, Any]] = {}
         for group in groups:
             for _ in range(group.count):
@@ -59,7 +63,7 @@ class LocalFleet:
             "plugins": [Gate()],
         }
         with dask.config.set(SETTINGS), _interrupts_kept_out():
-            self._cluster = SpecCluster(
+            self.cluster = SpecCluster(
                 workers=specification,
                 scheduler={"cls": Scheduler, "options": scheduler},
                 silence_logs="ERROR",
@@ -67,10 +71,10 @@ class LocalFleet:
 
     @property
     def address(self) -> str:
-        return str(self._cluster.scheduler_address)
+        return str(self.cluster.scheduler_address)
 
     def close(self) -> None:
-        self._cluster.close(timeout=10)
+        self.cluster.close(timeout=10)
 
 
 def available_cores() -> int:

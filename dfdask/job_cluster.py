@@ -6,11 +6,12 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
-from dfdask.errors import ClusterError
+from dfdask.errors import ClusterError, SpecError
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from dfdask.scale_spec import Scale
     from dfdask.spec import JobSpec
 
 
@@ -21,6 +22,8 @@ class JobCluster:
         self._given = client
         self._scheduler = scheduler
         self._workers = spec.workers
+        self._scale = spec.scale
+        self._elastic: Any = None
         self._preload = isinstance(spec.model, str)
         self._client: Client | None = None
         self._fleet: Any = None
@@ -56,6 +59,8 @@ class JobCluster:
     def close(self) -> None:
         """Close what was opened here; the user's own client stays."""
         self._thread.join()
+        if self._elastic is not None:
+            self._elastic.stop("the job ended")
         if self._client is not None and self._client is not self._given:
             self._client.close(timeout=5)
         if self._fleet is not None:
@@ -64,7 +69,15 @@ class JobCluster:
 
     def _open(self) -> None:
         try:
-            self._client = self._given or self._connect()
+            if self._scale is not None and (self._scheduler or (self._given and self._given.cluster is None)):
+                raise SpecError(
+                    "scale: this process did not start the cluster and cannot grow it; leave `scale` out, or give the "
+                    "client of a cluster object: dfdask.submit(job, client=Client(cluster))"
+                )
+            client = self._given or self._connect()
+            if self._scale is not None:
+                self._follow(self._given.cluster if self._given else self._fleet.cluster, self._scale)
+            self._client = client
         except BaseException as error:
             self._error = error
 
@@ -75,7 +88,7 @@ class JobCluster:
 
         address = self._scheduler
         if address is None:
-            self._fleet = LocalFleet(self._workers)
+            self._fleet = LocalFleet(self._workers if self._scale is None else [])
             address = self._fleet.address
         else:
             asyncio.run(check_scheduler(address))  # a client that cannot connect leaves a traceback behind
@@ -85,3 +98,10 @@ class JobCluster:
 
             client.register_plugin(Preload())
         return client
+
+    def _follow(self, cluster: Any, scale: Scale) -> None:
+        from dfdask.elastic import adapt, classes_of
+
+        options = {} if self._fleet is None else dict.fromkeys(scale.classes("max"), self._fleet.worker)
+        self._elastic = adapt(cluster, classes_of(scale), deadline=scale.deadline, budget=scale.budget, options=options)
+        self._elastic.expect()  # the job is checked on a worker before its work is known

@@ -313,6 +313,7 @@ def _create(
         "stages": list(checked.stages),
         **({"uncut": checked.uncut} if checked.uncut else {}),
         "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
+        "lossy": list(spec.speed.lossy),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     columns = {**table.columns(), **_size_columns(checked.output.sizes)}

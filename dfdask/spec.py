@@ -30,13 +30,14 @@ from dfdask.arguments import (
     canonical_json,
     check_argument,
     check_argument_name,
-    plain,
     shown,
 )
 from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
-from dfdask.spec_parts import Adapter, Count, Name, Part, Scheduler
+from dfdask.scale_spec import Scale
+from dfdask.spec_parts import Adapter, Count, Name, Part, Scheduler, prompt_entry
+from dfdask.speed import Quantization, Speed
 
 StageName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 ITEM_KEYS = ("prompt", "id", "seed")
@@ -166,6 +167,7 @@ class JobSpec(Part):
     shard: Count | None = Field(default=None, examples=[64])
     strict: StrictBool = Field(default=False, examples=["true"])
     priority: Annotated[float, Field(gt=0, strict=True)] = Field(default=1.0, examples=[2.0])
+    speed: Speed = Field(default=Speed(), examples=["{compile: true}"])
     workers: (
         Annotated[
             Annotated[Count, Tag("<count>")] | Annotated[list[WorkerGroup], Field(min_length=1), Tag("<groups>")],
@@ -173,6 +175,7 @@ class JobSpec(Part):
         ]
         | None
     ) = Field(default=None, examples=[2])
+    scale: Scale | None = Field(default=None, examples=["{max: 8}"])
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
     _job_dir: Path | None = PrivateAttr(default=None)  # of the job file; None for a job made in Python
@@ -204,7 +207,7 @@ class JobSpec(Part):
             raise ValueError("must be texts or mappings, got a table; pass table['prompt'] or its rows as mappings")
         if isinstance(value, (bytes, bytearray)) or not isinstance(value, Iterable):
             raise ValueError(f"must be a file or a list of prompts, got {shown(value)}; write e.g. [red apple]")
-        return [_prompt_entry(place, entry) for place, entry in enumerate(value)]
+        return [prompt_entry(place, entry) for place, entry in enumerate(value)]
 
     @field_validator("arguments")
     @classmethod
@@ -218,6 +221,12 @@ class JobSpec(Part):
         if problems:
             raise problem(*problems)
         return checked
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.scale is not None and self.workers is not None:
+            raise problem((("workers",), f"cannot be fixed beside `scale`, got {shown(self.workers)}; leave one out"))
+        return self
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> JobSpec:
@@ -300,8 +309,12 @@ class JobSpec(Part):
             "shard",
             "strict",
         )
-        values = self.model_dump(mode="json", include=set(names))
-        return {name: value for name, value in values.items() if name not in _NEWER or value}
+        chosen = self.model_dump(mode="json", include=set(names))
+        # Runs that were made before there was a choice stay what they are.
+        chosen = {name: value for name, value in chosen.items() if name not in _NEWER or value}
+        if self.speed != Speed():
+            chosen["speed"] = self.speed.model_dump(mode="json", exclude_defaults=True)
+        return chosen
 
     @classmethod
     def _made(cls, fields: Mapping[str, Any], source: str, lines: Lines) -> JobSpec:
@@ -364,23 +377,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _prompt_entry(place: int, entry: Any) -> str | dict[str, Any]:
-    if type(entry) is str:
-        return entry
-    if isinstance(entry, str):
-        return str(entry)
-    if isinstance(entry, Mapping):
-        entry = dict(entry)
-        if isinstance(entry.get("prompt"), str) and all(isinstance(key, str) for key in entry):
-            return {key: located((place, key), plain, value) for key, value in entry.items()}
-        raise problem(((place,), f"must have a `prompt` that is text, got {shown(entry)}; write {{prompt: ...}}"))
-    raise problem(((place,), f"must be text or a mapping, got {shown(entry)}; put it in quotes"))
-
-
 def _part_at(path: tuple[str | int, ...]) -> type[BaseModel]:
     if path[:1] == ("prompts",):
         return PromptFile
     if path[:1] == ("model",):
         return FakeModel if len(path) == 1 else FakeStages
-    parts: dict[Any, type[BaseModel]] = {"workers": WorkerGroup, "adapters": Adapter, "scheduler": Scheduler}
+    if path[:1] == ("speed",):
+        return Speed if len(path) == 1 else Quantization
+    parts: dict[Any, type[BaseModel]] = {
+        "workers": WorkerGroup,
+        "adapters": Adapter,
+        "scheduler": Scheduler,
+        "scale": Scale,
+    }
     return parts.get(path[0], JobSpec) if path else JobSpec

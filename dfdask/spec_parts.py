@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
 
-from dfdask.arguments import plain
-from dfdask.problems import located
+from dfdask.arguments import plain, shown
+from dfdask.problems import located, problem
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Name = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -48,3 +49,16 @@ class Scheduler(Part):
     @classmethod
     def _plain_options(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {name: located((name,), plain, entry) for name, entry in value.items()}
+
+
+def prompt_entry(place: int, entry: Any) -> str | dict[str, Any]:
+    if type(entry) is str:
+        return entry
+    if isinstance(entry, str):
+        return str(entry)
+    if isinstance(entry, Mapping):
+        entry = dict(entry)
+        if isinstance(entry.get("prompt"), str) and all(isinstance(key, str) for key in entry):
+            return {key: located((place, key), plain, value) for key, value in entry.items()}
+        raise problem(((place,), f"must have a `prompt` that is text, got {shown(entry)}; write {{prompt: ...}}"))
+    raise problem(((place,), f"must be text or a mapping, got {shown(entry)}; put it in quotes"))

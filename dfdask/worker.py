@@ -17,10 +17,12 @@ import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.errors import ClusterError, DfdaskError, StorageError
 from dfdask.gate import BEGAN
 from dfdask.items import Item
+from dfdask.options import Hint
 from dfdask.quarantine import KILLS_TO_BLAME
 from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
+from dfdask.stages.budget import MEMORY_BYTES
 from dfdask.stages.model import ModelRef
-from dfdask.stages.residency import DEVICE_CLASS, MEMORY_BYTES, held_stage
+from dfdask.stages.residency import DEVICE_CLASS, held_stage
 from dfdask.store import RunStore
 from dfdask.tags import read_tags
 from dfdask.targets import Location
@@ -82,7 +84,7 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
     try:
         asked = time.perf_counter()
         with _importing:
-            held = _ready(ref, stage)
+            held = _ready(ref, stage, Hint.of(note.get("hint")))
         load_seconds = time.perf_counter() - asked
         started = time.time()
         if note.get("careful"):
@@ -98,17 +100,20 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
     holds = getattr(held, "holds", None)
     if holds is not None:
         told["holds"] = holds()
+    facts = getattr(held, "facts", None)
+    if facts is not None:
+        told["facts"] = facts()
     _tell(told)
     return result
 
 
-def _ready(ref: ModelRef, stage: str) -> Stage:
+def _ready(ref: ModelRef, stage: str, hint: Hint) -> Stage:
     """The stage with its weights where they are computed with."""
     tags = read_tags(get_worker().state.total_resources)
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
-    held = held_stage(ref, stage)
+    held = held_stage(ref, stage, hint)
     prepare = getattr(held, "prepare", None)
     if prepare is not None:
         prepare()

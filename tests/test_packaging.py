@@ -42,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
-        *("cost", "fluid", "placement", "dispatch", "controller"),
+        *("cost", "fluid", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
         *("flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"stages", "bundled"},
     "dask": {
         *("run", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
-        *("gate", "roles", "stage_tasks", "telemetry", "cost_file"),
+        *("gate", "roles", "stage_tasks", "telemetry", "cost_file", "elastic", "backends"),
     },
     "tools": {"simulate"},
     "face": {"cli", "inspection", "video", "progress", "notebook", "summary", "sheet", "export", "export_formats"},

@@ -299,3 +299,44 @@ def test_import_is_light() -> None:
     heavy = {"torch", "numpy", "yaml", "distributed"}
     code = f"import sys, dfdask.spec; print({heavy} & set(sys.modules) or [])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_scale_by_class_or_for_all_alike() -> None:
+    job = JobSpec.from_mapping(
+        {
+            **MINIMAL,
+            "scale": {"max": {"h100": 8, "l4": 20}, "min": {"h100": 1}, "price": 2.5, "deadline": 3600, "budget": 40},
+        }
+    )
+    assert job.scale is not None
+    assert job.scale.classes("max") == {"h100": 8, "l4": 20}
+    assert job.scale.classes("min") == {"h100": 1, "l4": 0}
+    assert job.scale.classes("price") == {"h100": 2.5, "l4": 2.5}
+    alike = JobSpec.from_mapping({**MINIMAL, "scale": {"max": 3, "min": 1}}).scale
+    assert alike is not None and alike.classes("max") == {"worker": 3} and alike.classes("min") == {"worker": 1}
+    assert (
+        JobSpec.from_mapping({**MINIMAL, "scale": {"max": 3}}).canonical() == JobSpec.from_mapping(MINIMAL).canonical()
+    ), "who computes it changes no pixel"
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({}, "scale.max: is missing"),
+        ({"max": 0}, "scale.max: must be greater than or equal to 1, got 0"),
+        ({"max": {}}, "scale.max"),
+        ({"max": 2, "min": 3}, "needs min <= max, got min 3 and max 2"),
+        ({"max": {"h100": 2}, "min": {"l4": 1}}, "`min` names l4, but the classes of `max` are h100"),
+        ({"max": 2, "budget": 4}, "`budget` needs a `price`"),
+        ({"max": 2, "deadline": -1}, "scale.deadline: must be"),
+        ({"max": 2, "deadlin": 1}, "scale.deadlin: unknown key"),
+    ],
+)
+def test_scale_mistakes_are_named(scale: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)):
+        JobSpec.from_mapping({**MINIMAL, "scale": scale})
+
+
+def test_scale_and_workers_exclude_each_other() -> None:
+    with pytest.raises(SpecError, match="workers: cannot be fixed beside `scale`, got 2; leave one out"):
+        JobSpec.from_mapping({**MINIMAL, "scale": {"max": 2}, "workers": 2})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dfdask.errors import DfdaskError
 from dfdask.items import Item
@@ -87,17 +88,35 @@ class Batch:
         return replace(self, groups=tuple(groups))
 
 
+@runtime_checkable
+class Memory(Protocol):
+    """A stage that knows what fits into its worker's memory."""
+
+    def most_items(self, items: Sequence[Item]) -> int:
+        """How many items like these may run at once; at least 1."""
+
+    def ran_out(self, items: Sequence[Item]) -> bool:
+        """These were too many. Whether the same may be tried again, or else fewer must be."""
+
+
 def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
     """Run ``stage`` over all groups that have not failed; halve a group that raises until the culprit is alone.
 
-    Errors that concern the worker and not an item (out of memory, an unreadable model) are raised.
+    Where the stage knows its memory, groups are cut to what fits, and run again in halves where it runs out. Errors
+    that concern the worker and not an item (too little memory for a single one, an unreadable model) are raised.
     """
+    memory = stage if isinstance(stage, Memory) else None
     started = time.perf_counter()
     groups: list[Group] = []
     failures = dict(batch.failures)
-    todo = list(reversed(batch.groups))
+    todo = list(reversed(_merged(batch.groups, memory)))
     while todo:
         group = todo.pop()
+        most = memory.most_items(group.items) if memory else len(group.items)
+        if most < len(group.items) and (parts := _parts(group, most)):
+            todo.extend(reversed(parts))
+            continue
+        shortage = None
         try:
             done = stage.run(group.items, group.state)
             items = group.items
@@ -107,13 +126,20 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
         except DfdaskError:
             raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if memory and is_out_of_memory(error):
+                shortage = describe(error)  # not the error: its traceback holds on to the memory
+            elif is_out_of_memory(error):
                 raise
-            halves = _halves(group)
-            if halves:
+            elif halves := _halves(group):
                 todo.extend(reversed(halves))
             else:
                 failures.update((item.index, f"{name}: {describe(error)}") for item in group.items)
+        if shortage is not None and memory is not None:
+            again = memory.ran_out(group.items)
+            smaller = None if again else _halves(group)
+            if not again and not smaller:
+                raise MemoryError(shortage)
+            todo.extend(reversed(smaller or [group]))
     seconds = {**batch.seconds, name: time.perf_counter() - started}
     return Batch(tuple(groups), failures, seconds)
 
@@ -135,12 +161,82 @@ def nbytes(value: Any) -> int:
 
 
 def _halves(group: Group) -> list[Group] | None:
-    """The group in two, or None where it is a single item or its state cannot be divided by items."""
+    """The group in two, or None where it cannot be divided."""
+    return _parts(group, (len(group.items) + 1) // 2)
+
+
+def _parts(group: Group, most: int) -> list[Group] | None:
+    """The group in parts of at most ``most`` items each and about one size, or None where it cannot be divided.
+
+    That is a single item, or a state without a part for each.
+    """
     count = len(group.items)
-    if count == 1 or (group.state is not None and not _has_rows(group.state)):
+    if count == 1 or most < 1 or (group.state is not None and not _has_rows(group.state)):
         return None
-    middle = count // 2
-    return [Group(group.items[part], _select(group.state, part)) for part in (slice(middle), slice(middle, count))]
+    parts = max(-(-count // most), 2)
+    edges = [count * number // parts for number in range(parts + 1)]
+    slices = [slice(*pair) for pair in itertools.pairwise(edges)]
+    return [Group(group.items[part], _select(group.state, part)) for part in slices]
+
+
+def _merged(groups: Sequence[Group], memory: Memory | None) -> list[Group]:
+    """Neighbours together again where ``memory`` allows more at once: an earlier stage may have had to part them."""
+    merged: list[Group] = []
+    for group in groups:
+        together = _joined(merged[-1], group) if memory and merged else None
+        if memory and together and memory.most_items(together.items) >= len(together.items):
+            merged[-1] = together
+        else:
+            merged.append(group)
+    return merged
+
+
+def _joined(one: Group, other: Group) -> Group | None:
+    states = (one.state, other.state)
+    if states != (None, None) and not all(map(_has_rows, states)):
+        return None  # of a pipeline that takes one item at a time: equal states are not one of both
+    try:
+        return Group(one.items + other.items, _join(one.state, other.state))
+    except _Apart:
+        return None
+
+
+class _Apart(Exception):
+    """These states cannot be made one."""
+
+
+def _join(one: Any, other: Any) -> Any:
+    """The state of the items of both: Rows end to end, everything else must be the same in both."""
+    if type(one) is not type(other):
+        raise _Apart
+    if isinstance(one, Rows):
+        return Rows(_end_to_end(one.value, other.value))
+    if isinstance(one, (dict, list, tuple)):
+        keys = list(one) if isinstance(one, dict) else range(len(one))
+        if len(one) != len(other) or (isinstance(one, dict) and one.keys() != other.keys()):
+            raise _Apart
+        pairs = iter([(one[key], other[key]) for key in keys])
+        return map_entries(lambda _: _join(*next(pairs)), one)
+    same: Any = one is other or (getattr(one, "shape", None) == getattr(other, "shape", None) and one == other)
+    if not (same if isinstance(same, bool) else same.all()):
+        raise _Apart
+    return one
+
+
+def _end_to_end(one: Any, other: Any) -> Any:
+    if isinstance(one, list) and isinstance(other, list):
+        return one + other
+    if getattr(one, "shape", ())[1:] != getattr(other, "shape", ())[1:] or getattr(one, "dtype", 0) != other.dtype:
+        raise _Apart
+    if hasattr(one, "joined"):
+        return one.joined(other)
+    if type(one).__module__.startswith("torch"):
+        import torch
+
+        return torch.cat([one, other])
+    import numpy as np
+
+    return np.concatenate([one, other])
 
 
 def map_entries(function: Callable[[Any], Any], value: Any) -> Any:

@@ -24,11 +24,13 @@ from typing import Any
 
 from dfdask.errors import ModelError
 from dfdask.items import Item, pictures_in
+from dfdask.speed import Speed
 from dfdask.stages.adapters import load_adapters, set_scheduler
 from dfdask.stages.anatomy import Anatomy, anatomy
 from dfdask.stages.call import pipeline_call, to_pixels
 from dfdask.stages.encode import Encoder
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
+from dfdask.stages.speed import apply, load_quantized, reset_caches
 from dfdask.stages.state import copied, marked_by_length, moved, shapes, stand_ins, together
 from dfdask.stages.tape import Tape, encoders, patched, recording, replaying
 
@@ -138,7 +140,7 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
         if stage in _owners(part, cuts):
             part = replace(part, stage=stage)
         try:
-            loaded[part.name] = _component(folder, part, stage, dtype, device)
+            loaded[part.name] = _component(folder, part, stage, dtype, device, ref.speed)
             if isinstance(loaded[part.name], Phantom):
                 _restore_statistics(loaded[part.name], folder / part.name)
         except ModelError:
@@ -181,6 +183,8 @@ class PipelineStage:
         self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
         self._pipeline = open_pipeline(ref, stage, self._device) if pipeline is None else pipeline
+        if pipeline is None:
+            apply(ref.speed, self._pipeline, ref.strict)
         folder = locate(ref.source, ref.revision)
         self._anatomy = pipeline_anatomy(folder)
         self._encoders = (
@@ -196,11 +200,18 @@ class PipelineStage:
             WHOLE: self._whole,
         }[stage]
 
+    @property
+    def pipeline(self) -> Any:
+        return self._pipeline
+
     def run(self, items: Sequence[Item], state: Any) -> Any:
         import torch
 
         with self._lock, torch.no_grad():
-            return self._run(items, state)
+            try:
+                return self._run(items, state)
+            finally:
+                reset_caches(self._pipeline)
 
     def _encode(self, items: Sequence[Item], state: Any) -> Any:
         return self.encoder.encode(items)
@@ -304,7 +315,7 @@ def _hush() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _component(folder: Path, part: Component, stage: str | None, dtype: Any, device: str) -> Any:
+def _component(folder: Path, part: Component, stage: str | None, dtype: Any, device: str, speed: Speed) -> Any:
     import torch
     from accelerate import init_empty_weights
 
@@ -320,8 +331,11 @@ def _component(folder: Path, part: Component, stage: str | None, dtype: Any, dev
         return kind.from_pretrained(home, **closed)
     if stage in (part.stage, WHOLE):
         option = "torch_dtype" if part.library == "diffusers" else "dtype"
-        model = kind.from_pretrained(home, use_safetensors=True, **{option: dtype}, **closed)
-        return model.eval().to(device)
+        settings = {option: dtype, "use_safetensors": True, **closed}
+        if part.name in speed.quantize:
+            return load_quantized(kind, home, part.name, part.library, speed.quantize[part.name], settings).eval()
+        model = kind.from_pretrained(home, **settings)
+        return model.eval()  # in host memory: what brings it to the device is residency
     with init_empty_weights(include_buffers=False):
         if part.library == "diffusers":
             model = kind.from_config(kind.load_config(home))

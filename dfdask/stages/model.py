@@ -11,6 +11,7 @@ from typing import Any
 
 from dfdask.errors import ModelError
 from dfdask.spec import FakeStages, JobSpec
+from dfdask.speed import Speed
 from dfdask.stages.adapters import AdapterRef, SchedulerRef, adapter_ref
 
 WHOLE = "generate"  # the only stage of a pipeline that has no cut points
@@ -33,6 +34,7 @@ class ModelRef:
     fake: FakeStages | None = None
     adapters: tuple[AdapterRef, ...] = ()
     scheduler: SchedulerRef | None = None
+    speed: Speed = Speed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,15 @@ def model_ref(spec: JobSpec) -> ModelRef:
             adapter_ref(str(spec.base_file(entry.path)), entry.weight_name, entry.revision, entry.scale)
             for entry in spec.adapters
         ),
+        speed=spec.speed,
         scheduler=SchedulerRef(spec.scheduler.kind, spec.scheduler.options) if spec.scheduler else None,
     )
 
 
 def with_defaults(spec: JobSpec) -> JobSpec:
-    """``spec`` with the arguments that the bundled model is made for, where the job has none of its own."""
+    """``spec`` with what it leaves open: bfloat16 on CUDA, and the arguments that the bundled model is made for."""
+    if spec.device == "cuda" and "dtype" not in spec.model_fields_set:
+        spec = spec.replace(dtype="bfloat16")
     if spec.model != "bundled":
         return spec
     from dfdask.bundled import ARGUMENTS

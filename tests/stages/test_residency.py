@@ -1,30 +1,43 @@
-"""A stage is loaded once in a process, at its first use, whoever asks."""
+"""A stage is loaded once in a process, at its first use, whoever asks; its weights keep to the budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from dfdask.errors import ModelError
+from dfdask.errors import ClusterError, ModelError
+from dfdask.items import Item
+from dfdask.options import Hint
 from dfdask.spec import FakeStages
 from dfdask.stages import residency
+from dfdask.stages.batch import Batch, Rows, run_batch
+from dfdask.stages.component import Weights
 from dfdask.stages.cut import PipelineStage
 from dfdask.stages.fake import FakeStage
 from dfdask.stages.model import ModelRef, digest
-from dfdask.stages.residency import held_stage
+from dfdask.stages.residency import HeldStage, Residency, held_stage
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' DPM solver, with numpy 2
+
+CPU = torch.device("cpu")
+REF = ModelRef("played", "digest", "float32", "cpu", False)
 FAKE = ModelRef("fake", "fake", "float32", "cpu", False, fake=FakeStages())
 
 
 @pytest.fixture(autouse=True)
 def empty_handed() -> Iterator[None]:
-    residency._held.clear()
+    residency._residencies.clear()
+    residency._fakes.clear()
     yield
-    residency._held.clear()
+    residency._residencies.clear()
+    residency._fakes.clear()
 
 
 def test_a_stage_is_held_by_model_and_name() -> None:
@@ -40,8 +53,8 @@ def test_threads_that_ask_at_once_get_the_same(tiny: Callable[[str], Path]) -> N
     folder = tiny("sd")
     ref = ModelRef(str(folder), digest(folder), "float32", "cpu", False)
     with ThreadPoolExecutor(4) as pool:
-        stages = list(pool.map(lambda _: held_stage(ref, "decode"), range(4)))
-    assert isinstance(stages[0], PipelineStage)
+        stages: list[Any] = list(pool.map(lambda _: held_stage(ref, "decode"), range(4)))
+    assert isinstance(stages[0].stage, PipelineStage)
     assert all(stage is stages[0] for stage in stages)
 
 
@@ -51,4 +64,170 @@ def test_a_stage_that_cannot_be_loaded_is_tried_again(tiny: Callable[[str], Path
     with pytest.raises(ModelError):
         held_stage(ref, "decode")
     folder.symlink_to(tiny("sd"))
-    assert isinstance(held_stage(ref, "decode"), PipelineStage)
+    held: Any = held_stage(ref, "decode")
+    assert isinstance(held.stage, PipelineStage)
+
+
+class Device(Residency):
+    """A device with memory of its own, played by the host's: it refuses what goes beyond its bytes."""
+
+    def __init__(self, device_bytes: int, host_bytes: int = 1 << 40, blocks: int = 8) -> None:
+        super().__init__("cpu", device_bytes, host_bytes, unified=False)
+        self._blocks = blocks
+
+    def _load(self, ref: ModelRef, name: str) -> HeldStage:
+        self.loads += 1
+        stage = Layers(self, self._blocks)
+        return HeldStage(self, stage, [Weights(name, stage.module, CPU, unified=False)])
+
+
+class Layers:
+    """Blocks of 1 KiB; each item takes ``item_bytes`` of the device's memory beside them."""
+
+    def __init__(self, device: Device, blocks: int) -> None:
+        self.module = nn.ModuleDict({"list": nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(blocks))})
+        self.item_bytes = 1024
+        self.calls: list[int] = []
+        self._device = device
+
+    def run(self, items: Sequence[Item], state: Any) -> Any:
+        self.calls.append(len(items))
+        if self._device.used_bytes() + len(items) * self.item_bytes > self._device.device_bytes:
+            raise torch.OutOfMemoryError("too much")
+        x = torch.ones(len(items), 16) if state is None else state.value
+        for block in self.module["list"]:
+            x = block(x)
+        return Rows(x)
+
+
+def items(count: int) -> list[Item]:
+    return [Item(row, f"i{row}", "", row, {}) for row in range(count)]
+
+
+def run(held: HeldStage, count: int) -> Any:
+    batch = run_batch("stage", held, Batch.start(items(count)))
+    assert not batch.failures and sum(len(group.items) for group in batch.groups) == count
+    return torch.cat([group.state.value for group in batch.groups])
+
+
+def test_what_fits_is_on_the_device_and_what_was_used_longest_ago_makes_room() -> None:
+    device = Device(20 * 1024)
+    stages = {name: device.get(REF, name) for name in ("a", "b", "c")}
+    room = Hint(working_bytes=2048)
+    for name in ("a", "b"):
+        stages[name].hint = room
+        run(stages[name], 1)
+    assert sorted(device.holds()) == ["a", "b"] and device.used_bytes() == 16 * 1024
+    device.get(REF, "a")
+    stages["c"].hint = room
+    run(stages["c"], 1)
+    assert [name for name in ("a", "b", "c") if device.get(REF, name).weights[0].on_device] == ["a", "c"]
+    assert device.used_bytes() == 18 * 1024, "only as much was dropped as had to be"
+    expected = run(device.get(REF, "a"), 3)
+    run(device.get(REF, "b"), 1)
+    assert torch.equal(run(device.get(REF, "a"), 3), expected)
+    assert device.loads == 3, "nothing was read from disk again"
+
+
+@pytest.mark.parametrize("mode", ["auto", "streamed", "resident"])
+def test_what_does_not_fit_is_streamed(mode: Any) -> None:
+    large, small = Device(1 << 20), Device(6 * 1024)
+    held, short = large.get(REF, "a"), small.get(REF, "a")
+    for one, other in zip(held.weights, short.weights, strict=True):
+        other.module.load_state_dict(one.module.state_dict())
+    short.hint = Hint(mode, working_bytes=1024)
+    assert torch.equal(run(held, 1), run(short, 1))
+    assert not held.weights[0].streamed and len(short.weights[0].streamed) >= 4
+    assert small.used_bytes() <= 5 * 1024 and small.holds() == ["a (streamed)"]
+
+
+def test_out_of_memory_drops_others_then_halves_and_learns() -> None:
+    device = Device(16 * 1024)
+    run(device.get(REF, "other"), 1)
+    held = device.get(REF, "a")
+    held.hint = Hint("resident", working_bytes=0)
+    stage: Any = held.stage
+    run(held, 30)
+    assert stage.calls == [30, 30, 15, 7, 8, 7, 8], "first the other stage makes room"
+    assert not device.get(REF, "other").weights[0].on_device
+    stage.calls.clear()
+    run(held, 30)
+    assert max(stage.calls) <= 15 and sum(stage.calls) - stage.calls.count(15) * 15 == 30, (
+        "what failed is not tried again"
+    )
+
+
+def test_out_of_memory_with_one_item_streams_more() -> None:
+    device = Device(9 * 1024)
+    held = device.get(REF, "a")
+    held.hint = Hint("resident", working_bytes=0)
+    stage: Any = held.stage
+    stage.item_bytes = 4 * 1024
+    expected = run(held, 1)
+    assert len(held.weights[0].streamed) >= 6 and stage.calls[-1] == 1
+    calls = len(stage.calls)
+    assert torch.equal(run(held, 1), expected) and len(stage.calls) == calls + 1, "it stays as it was found to work"
+    stage.item_bytes = 1 << 20
+    with pytest.raises(ClusterError, match="a single item does not fit: 0.00 GB of weights, even streamed"):
+        run(held, 1)
+    stage.item_bytes = 1024
+    assert torch.equal(run(held, 1), expected), "the next items are not the worse for it"
+
+
+def test_the_hint_says_how_many_items_run_at_once() -> None:
+    device = Device(1 << 20)
+    held = device.get(REF, "a")
+    held.hint = Hint(batch=4)
+    stage: Any = held.stage
+    batch = run_batch("encode", held, Batch.start(items(10)))
+    assert stage.calls == [3, 3, 4]
+    held.hint = Hint(batch=16)
+    stage.calls.clear()
+    run_batch("denoise", held, batch)
+    assert stage.calls == [10], "what was parted comes together again"
+
+
+def test_the_host_forgets_what_was_used_longest_ago() -> None:
+    device = Device(1 << 20, host_bytes=17 * 1024)
+    for name in ("a", "b", "a", "c", "a", "b"):
+        run(device.get(REF, name), 1)
+    assert device.loads == 4, "a, b, c, and b again"
+
+
+def test_budgets_come_from_the_environment_or_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Residency.of_this_process("cpu").device_bytes > 1 << 28
+    monkeypatch.setenv("DFDASK_MEMORY_BYTES", "2e9")
+    monkeypatch.setenv("DFDASK_HOST_MEMORY_BYTES", "300")
+    assert Residency.of_this_process("cpu").device_bytes == 2_000_000_000
+    for text in ("much", "-1", "0", "inf", "nan"):
+        monkeypatch.setenv("DFDASK_MEMORY_BYTES", text)
+        with pytest.raises(ClusterError, match=f"DFDASK_MEMORY_BYTES: must be a number of bytes, got '{text}'"):
+            Residency.of_this_process("cpu")
+
+
+def test_a_pipeline_within_a_budget_streams_and_makes_the_same(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("pixart_sigma")
+    ref = ModelRef(str(folder), digest(folder), "float32", "cpu", False)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 16}
+    call["use_resolution_binning"] = False
+    found = []
+    largest = 0
+    for short in (False, True):
+        if short:
+            monkeypatch.setenv("DFDASK_MEMORY_BYTES", str(largest * 2 // 3))
+        residency._residencies.clear()
+        batch = Batch.start([Item(row, f"i{row}", "a sea", row, call) for row in range(2)])
+        streamed = 0
+        for name in ("encode", "denoise", "decode"):
+            held: Any = held_stage(ref, name, Hint("streamed", batch=2, working_bytes=0))
+            held.prepare(batch.groups[0].items)
+            batch = run_batch(name, held, batch)
+            assert not batch.failures
+            largest = max(largest, *(weights.nbytes for weights in held.weights))
+            streamed += sum(len(weights.streamed) for weights in held.weights)
+        assert bool(streamed) == short
+        found.append(batch.groups[0].state)
+    for one, other in zip(*found, strict=True):
+        assert (one == other).all() and one.any()

@@ -1,0 +1,220 @@
+"""Clusters that grow and shrink with their work: real processes, by class, and nothing lost or done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from fleet import until
+from forecaster import Forecaster
+
+import dfdask
+from dfdask import elastic as elastic_module
+from dfdask.cluster import SETTINGS
+from dfdask.elastic import adapt
+from dfdask.errors import ClusterError, SpecError
+from dfdask.fleets import WorkerClass
+from dfdask.gate import Gate
+
+SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
+
+
+def work(folder: str, number: int, seconds: float) -> int:
+    """Leaves a line for each time that it ran."""
+    file = os.open(f"{folder}/trace", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{number} {os.getpid()}\n".encode())
+    os.close(file)
+    time.sleep(seconds)
+    return number
+
+
+def ran(folder: Path) -> Counter[int]:
+    return Counter(int(line.split()[0]) for line in (folder / "trace").read_text().splitlines())
+
+
+def submit(client: Client, folder: Path, count: int, seconds: float = 0.2, first: int = 0) -> list[Any]:
+    numbers = range(first, first + count)
+    keys = [("denoise-job", number) for number in numbers]
+    return [
+        client.submit(work, str(folder), n, seconds, key=key, pure=False) for n, key in zip(numbers, keys, strict=True)
+    ]
+
+
+@contextmanager
+def spec_cluster(seconds: Any = SECONDS) -> Iterator[SpecCluster]:
+    scheduler = {
+        "cls": Scheduler,
+        "options": {
+            "host": "127.0.0.1",
+            "port": 0,
+            "dashboard_address": "127.0.0.1:0",
+            "plugins": [Forecaster(seconds)],
+        },
+    }
+    options = {"nthreads": 1, "memory_limit": 0, "silence_logs": "ERROR", "dashboard": False}
+    with (
+        dask.config.set(SETTINGS),
+        SpecCluster(scheduler=scheduler, worker={"cls": Nanny, "options": options}, silence_logs="ERROR") as cluster,
+    ):
+        yield cluster
+
+
+def by_class(cluster: Any) -> Counter[str]:
+    """Workers of each class, as everybody sees them: by their tags."""
+    infos = cluster.scheduler_info["workers"].values()
+    return Counter(tag.removeprefix("class:") for info in infos for tag in info["resources"] if "class:" in tag)
+
+
+def test_workers_come_by_class_for_a_deadline_and_leave_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    kinds = [WorkerClass("big", 1, 0, 3.0, 1.0, 80 * 10**9), WorkerClass("small", 2, 0, 1.0, 1.0)]
+    with spec_cluster() as cluster, Client(cluster) as client:
+        follower = adapt(cluster, kinds, deadline=12.0, budget=5.0, interval=0.2, patience=0.6)
+        futures = submit(client, tmp_path, 60)
+        # 60 items are 24 s of one small worker or 12 s of the big one: the deadline needs more than either.
+        until(lambda: by_class(cluster)["big"] == 1 and by_class(cluster)["small"] >= 1, 30, "both classes")
+        tags = [info["resources"] for info in cluster.scheduler_info["workers"].values()]
+        assert {"class:big": 1, "memory": 80 * 10**9} in tags
+        assert client.gather(futures) == list(range(60))
+        assert ran(tmp_path) == Counter(range(60)), "nothing ran twice"
+        assert follower.decisions[0][1].reason in ("deadline", "late")
+        del futures
+        until(lambda: not cluster.scheduler_info["workers"], 30, "the last worker to leave")
+        until(lambda: not cluster.worker_spec and not cluster.workers, 30, "its process to end")
+        spent = follower.spent
+        assert 0 < spent < 5.0
+        # Between jobs there is nobody and nothing is paid; the next one wakes the cluster up again.
+        again = submit(client, tmp_path, 4, first=100)
+        assert client.gather(again) == list(range(100, 104))
+        assert follower.spent > spent
+
+
+def test_who_is_busy_or_holds_results_is_not_hurt_when_the_fleet_shrinks(tmp_path: Path) -> None:
+    """Three workers for many tasks; then one long task is left, and only its worker stays to the end."""
+    with spec_cluster({"denoise": {"big": 0.05}}) as cluster, Client(cluster) as client:
+        adapt(cluster, [WorkerClass("big", 3, 0, 0.0, 0.0)], interval=0.2, patience=0.4)
+        short = submit(client, tmp_path, 100, 0.05)
+        until(lambda: by_class(cluster)["big"] == 3, 30, "three workers")
+        long = submit(client, tmp_path, 1, 4.0, first=1000)
+        until(lambda: by_class(cluster)["big"] == 1, 30, "two of them to leave")
+        assert long[0].status == "pending", "the fleet shrank while the task ran"
+        assert client.gather(long + short) == [1000, *range(100)], "what those that left had computed is still there"
+        assert ran(tmp_path) == Counter([1000, *range(100)])
+
+
+def test_a_killed_worker_comes_back_and_nothing_is_lost(tmp_path: Path) -> None:
+    with spec_cluster({"denoise": {"big": 0.1}}) as cluster, Client(cluster) as client:
+        adapt(cluster, [WorkerClass("big", 2, 0, 0.0, 0.5)], deadline=6.0, interval=0.2, patience=5)
+        futures = submit(client, tmp_path, 80, 0.1)
+        until(lambda: by_class(cluster)["big"] == 2, 30, "two workers")
+        address, info = next(iter(cluster.scheduler_info["workers"].items()))
+        until(lambda: info["name"] in cluster.workers, 30, "the cluster to know it")
+        os.kill(cluster.workers[info["name"]].pid, signal.SIGKILL)
+        until(lambda: address not in cluster.scheduler_info["workers"], 30, "the scheduler to notice")
+        assert client.gather(futures) == list(range(80))
+        assert len(cluster.worker_spec) == 2, "its nanny brings it back: no other one is asked for"
+
+
+def test_a_worker_of_somebody_else_counts_and_is_never_closed(tmp_path: Path) -> None:
+    with spec_cluster({"denoise": {"big": 0.1}}) as cluster, Client(cluster) as client:
+
+        async def join() -> Nanny:
+            return await Nanny(
+                cluster.scheduler_address, nthreads=1, resources={"class:big": 1}, name="guest", dashboard=False
+            )
+
+        guest = cluster.sync(join)
+        follower = adapt(cluster, [WorkerClass("big", 4, 0, 0.0, 1.0)], deadline=30.0, interval=0.2, patience=0.2)
+        futures = submit(client, tmp_path, 20, 0.05)
+        assert client.gather(futures) == list(range(20))
+        del futures
+        until(lambda: follower.decision is not None and follower.decision.reason == "idle", 20, "it to be idle")
+        assert not cluster.worker_spec, "the guest was enough"
+        assert by_class(cluster) == {"big": 1}
+        cluster.sync(guest.close)
+
+
+def test_a_local_cluster_follows_too_and_expects_work_when_told(tmp_path: Path) -> None:
+    with (
+        dask.config.set(SETTINGS),
+        LocalCluster(
+            n_workers=0,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs="ERROR",
+            scheduler_kwargs={"plugins": [Forecaster({"denoise": {"cpu": 0.05}})]},
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        follower = adapt(cluster, [WorkerClass("cpu", 2, 0, 0.0, 1.0)], interval=0.2, patience=0.2)
+        follower.expect(60.0)
+        until(lambda: by_class(cluster)["cpu"] == 1, 30, "one worker")
+        assert client.gather(submit(client, tmp_path, 10, 0.05)) == list(range(10))
+        follower.expect(0.0)
+        until(lambda: not cluster.scheduler_info["workers"], 30, "nobody to be there")
+
+
+def test_workers_that_cannot_be_started_are_asked_for_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(elastic_module, "RETRY_SECONDS", 0.5)
+    broken = {"big": {"cls": Nanny, "options": {"preload": ["no_such_module"], "silence_logs": "CRITICAL"}}}
+    with spec_cluster() as cluster:
+        follower = adapt(cluster, [WorkerClass("big", 1, 1)], interval=0.2, options=broken)
+        until(lambda: "could not start 1 workers of class big" in caplog.text, 40, "the failure to be told")
+        until(lambda: caplog.text.count("could not start") >= 2, 40, "another try")
+        follower.stop()
+
+
+def test_a_job_brings_up_its_own_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = Forecaster({"encode": {"worker": 0.01}, "denoise": {"worker": 0.1}, "write": {"worker": 0.01}})
+    start = Gate.start
+
+    async def started(gate: Gate, scheduler: Scheduler) -> None:
+        await start(gate, scheduler)
+        await tell.start(scheduler)
+
+    monkeypatch.setattr(Gate, "start", started)
+    job = {
+        "model": {"fake": {"stages": {"encode": 0.01, "denoise": 0.1}}},
+        "prompts": [f"prompt {number}" for number in range(60)],
+        "batch": 2,
+        "shard": 4,
+        "output": str(tmp_path / "run"),
+    }
+    run = dfdask.submit(job, scale={"max": 2, "price": 1.0, "budget": 5.0})
+    assert run.wait().progress.committed_items == 60
+
+
+@pytest.mark.parametrize("where", [{"scheduler": "tcp://127.0.0.1:1"}, {"client": "plain"}])
+def test_a_job_cannot_scale_what_its_process_did_not_start(where: dict[str, Any], client: Client) -> None:
+    given = {"client": client} if "client" in where else where
+    with pytest.raises(SpecError, match="did not start the cluster and cannot grow it"):
+        dfdask.submit(model={"fake": {}}, prompts=["a"], scale={"max": 2}, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": []}, "needs classes of different names"),
+        ({"deadline": 0}, "deadline must be a number above 0, got 0"),
+        ({"budget": 4.0}, "a budget needs prices"),
+        ({"options": {"h100": {}}}, "options for h100, but the classes are big"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        adapt(**{"cluster": None, "classes": [WorkerClass("big", 1)], **change})
+
+
+def test_a_cluster_that_cannot_start_workers_is_named() -> None:
+    with pytest.raises(ClusterError, match="cannot start workers on a object"):
+        adapt(object(), [WorkerClass("big", 1)])
