@@ -29,16 +29,8 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core"}
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
     "values": {
-        "spec",
-        "spec_parts",
-        "items",
-        "images",
-        "events",
-        "errors",
-        "arguments",
-        "problems",
-        "job_file",
-        "tags",
+        *("spec", "spec_parts", "scale_spec", "speed", "items", "images", "events", "errors", "arguments"),
+        *("problems", "job_file", "tags"),
     },
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table"),
