@@ -26,7 +26,9 @@ class Weights:
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, unified: bool) -> None:
         self.name = name
-        self.module = module.eval().requires_grad_(False)
+        self.module = module.eval()
+        if not unified:  # CPU kernels are chosen, and round, by whether weights may be trained: those stay as loaded
+            module.requires_grad_(False)
         self._device = device
         self._unified = unified
         self._packed = False
