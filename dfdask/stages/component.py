@@ -26,9 +26,8 @@ class Weights:
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, unified: bool) -> None:
         self.name = name
+        # Parameters keep their requires_grad: without it some CPU kernels are others, and so are the last bits.
         self.module = module.eval()
-        if not unified:  # CPU kernels are chosen, and round, by whether weights may be trained: those stay as loaded
-            module.requires_grad_(False)
         self._device = device
         self._unified = unified
         self._packed = False
