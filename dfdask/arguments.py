@@ -122,6 +122,8 @@ def canonical_json(value: Any) -> str:
 
 
 def _whole(value: Any) -> Any:
+    if hasattr(value, "as_plain"):
+        return value.as_plain()
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfdask.arguments import canonical_json
+from dfdask.images import Picture
 from dfdask.items import Item
 
 MAX_SHARD_ITEMS = 512
@@ -53,9 +54,10 @@ def default_shard_items(items: int, batch: int, bytes_per_item: int) -> int:
 def is_batchable(name: str, value: Any) -> bool:
     """Whether items with different values of this argument can share a call, the values travelling as a list.
 
-    diffusers pipelines take lists for texts only: ``negative_prompt``, ``prompt_2`` and the like.
+    diffusers pipelines take lists for texts: ``negative_prompt``, ``prompt_2`` and the like; and most of them for
+    pictures. The encode stage finds out which, and takes the others one by one.
     """
-    return "prompt" in name and isinstance(value, str)
+    return isinstance(value, Picture) or ("prompt" in name and isinstance(value, str))
 
 
 def micro_batches(shard: int, items: Sequence[Item], batch: int) -> list[MicroBatch]:
@@ -80,7 +82,15 @@ def micro_batches(shard: int, items: Sequence[Item], batch: int) -> list[MicroBa
 
 
 def call_key(item: Item) -> str:
-    """Equal for items that fit in one call: same fixed values, same names of values that travel as lists."""
-    fixed = {name: value for name, value in item.arguments.items() if not is_batchable(name, value)}
-    listed = sorted(set(item.arguments) - set(fixed))
+    """Equal for items that fit in one call: same fixed values, same names of values that travel as lists.
+
+    Pictures of different sizes do not fit: a pipeline stacks them.
+    """
+    fixed: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
+    for name, value in item.arguments.items():
+        if not is_batchable(name, value):
+            fixed[name] = value
+        else:
+            listed[name] = (value.width, value.height) if isinstance(value, Picture) else None
     return canonical_json([fixed, listed])

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dfdask import __version__
-from dfdask.errors import DfdaskError, SpecError, StorageError
+from dfdask.cli_options import read_bytes, read_settings, read_stage_names
+from dfdask.errors import DfdaskError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +102,8 @@ def run(
     started = submit(spec, scheduler=scheduler, new_run=new_run, retry_failed=retry_failed)
     if not as_json:
         print_rows(console, header(started.progress, _model(spec), look == "lines"))
+        if uncut := started.store.attributes["dfdask"].get("uncut"):
+            print_rows(console, [("stages", f"one, the whole pipeline: {uncut}")])
     progress = follow(started, console, look)
     sheet = _sheet(started.store)
     if not as_json:
@@ -214,22 +217,57 @@ def report(run: str, output: Path | None) -> None:
 @main.command(epilog=_RUN_HELP)
 @click.argument("run")
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["png", "webdataset", "parquet"]), default="png", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["png", "webdataset", "parquet", "mp4"]),
+    help="[default: png for pictures, mp4 for videos]",
+)
+@click.option("--fps", type=click.IntRange(1, 240), default=16, show_default=True, help="Frames per second of videos.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DESTINATION.")
-def export(run: str, destination: Path, form: Literal["png", "webdataset", "parquet"], overwrite: bool) -> None:
+def export(
+    run: str, destination: Path, form: Literal["png", "webdataset", "parquet", "mp4"] | None, fps: int, overwrite: bool
+) -> None:
     """Write the pictures of RUN to DESTINATION for other programs.
 
     png: files with metadata.jsonl, a Hugging Face imagefolder. webdataset: tar files. parquet: a Hugging Face
-    dataset with the pictures inside.
+    dataset with the pictures inside. mp4: the videos of a run of videos, with metadata.jsonl.
     """
     from dfdask.export import export_run
     from dfdask.words import count
 
-    done = export_run(_store(run), form, destination, overwrite=overwrite)
+    store = _store(run)
+    chosen = form or ("mp4" if store.layout.kind == "video" else "png")
+    done = export_run(store, chosen, destination, overwrite=overwrite, frames_per_second=fps)
     click.echo(f"wrote {count(done.items, 'item')} in {count(done.files, 'file')} to {destination}")
     if done.skipped:
         waiting = done.skipped - done.failed
         click.echo(f"left out {count(done.skipped, 'item')}: {done.failed} failed, {waiting} not there yet")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An argument of the pipeline call, e.g. --set height=512; several times for several.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def inspect(model: str, dtype: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """The stages and components of MODEL and what an item costs, without loading weights.
+
+    MODEL is `bundled`, a directory or a hub id.
+    """
+    from dfdask.inspection import inspected, print_inspected
+
+    found = inspected(model, dtype, read_settings(settings))
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        print_inspected(_console(), found)
 
 
 @main.command()
@@ -266,7 +304,7 @@ def worker(
     memory: str | None,
 ) -> None:
     """Start workers for the scheduler at ADDRESS. Ctrl-C ends them."""
-    names, size = _stage_names(stages), _bytes(memory)
+    names, size = read_stage_names(stages), read_bytes(memory)
     from dfdask.cluster import run_worker
 
     run_worker(address, names, count, device, device_class, size)
@@ -323,29 +361,6 @@ def _store(run: str) -> RunStore:
     if run.lower().endswith((".yaml", ".yml")):
         output = _job(Path(run), {}).output
     return RunStore.open(resolve_output(output or run))
-
-
-def _stage_names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise SpecError(f"--stages: must be different names, got {text!r}; write e.g. encode,decode")
-    return names
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    from dask.utils import parse_bytes
-
-    try:
-        size = int(parse_bytes(text))
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise SpecError(f"--memory: must be a size above 0, got {text!r}; write e.g. 24GB")
-    return size
 
 
 def _sheet(store: RunStore) -> str | None:

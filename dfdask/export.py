@@ -1,4 +1,4 @@
-"""Pictures of a run for other programs: PNG files, WebDataset tars or a Parquet dataset.
+"""Pictures of a run for other programs: PNG files, WebDataset tars or a Parquet dataset; videos as MP4 files.
 
 Works shard by shard, so memory does not grow with the run. Everything is written into a folder beside the
 destination, which takes the destination's name only once it is complete.
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from dfdask.errors import StorageError
 from dfdask.export_formats import WRITERS, Picture, Writer
 from dfdask.store import FAILED, OK, RunStore
+from dfdask.video import FRAMES_PER_SECOND, check_available, mp4
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Format = Literal["png", "webdataset", "parquet"]
+Format = Literal["png", "webdataset", "parquet", "mp4"]
 MARKER = ".dfdask-export.json"
 FAILURES = (
     "failures.log"  # JSON lines; called .jsonl, Hugging Face `datasets` takes it for the data beside a single tar
@@ -50,19 +51,25 @@ class ExportSummary:
     failed: int
 
 
-def export_run(store: RunStore, format: Format, destination: Path, overwrite: bool = False) -> ExportSummary:
+def export_run(
+    store: RunStore,
+    format: Format,
+    destination: Path,
+    overwrite: bool = False,
+    frames_per_second: int = FRAMES_PER_SECOND,
+) -> ExportSummary:
     """Write the ok items of all committed shards to the folder ``destination``; failed ones are listed.
 
-    ``overwrite`` replaces an earlier export, never a folder with anything else. Raises StorageError, also
-    where a shard is not what was committed.
+    ``overwrite`` replaces an earlier export, never a folder with anything else; ``frames_per_second`` is for videos.
+    Raises StorageError, also where a shard is not what was committed.
     """
-    if store.layout.kind == "video":
-        raise StorageError(
-            f"{store.location} holds videos, which cannot be exported yet: MP4 comes with a later version; "
-            "until then read the frames with run.dataset().video"
-        )
     if format not in WRITERS:
         raise StorageError(f"unknown format {format!r}; choose one of {', '.join(WRITERS)}")
+    if (format == "mp4") != (store.layout.kind == "video"):
+        other = "mp4" if store.layout.kind == "video" else "png, webdataset or parquet"
+        raise StorageError(f"{store.location} holds {store.layout.kind}s, which {format} is not for; choose {other}")
+    if format == "mp4":
+        check_available()
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
     _check_destination(store, destination, overwrite)
     if not store.committed():
@@ -71,7 +78,7 @@ def export_run(store: RunStore, format: Format, destination: Path, overwrite: bo
     try:
         folder.mkdir(parents=True)
         writer = WRITERS[format](folder)
-        items, failed = _write(store, writer, folder)
+        items, failed = _write(store, writer, folder, frames_per_second)
         if not items:
             raise StorageError(f"all {failed} finished items of {store.location} failed: nothing to export")
         about = {"run": str(store.location), "format": format, "items": items}
@@ -103,14 +110,14 @@ def own_size(columns: Mapping[str, Any], row: int, layout_size: tuple[int, int])
     )
 
 
-def _write(store: RunStore, writer: Writer, folder: Path) -> tuple[int, int]:
+def _write(store: RunStore, writer: Writer, folder: Path, frames_per_second: int) -> tuple[int, int]:
     """Stream all committed shards into ``writer``; how many items are in it and how many have failed."""
     items = failed = 0
     with _closing(writer), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for record in store.commits():
             values = store.read_shard(int(record["shard"]), record)
             ok = np.flatnonzero(values["status"] == OK).tolist()
-            for made in pool.map(partial(_made, store, values, int(record["start"])), ok):
+            for made in pool.map(partial(_made, store, values, int(record["start"]), frames_per_second), ok):
                 writer.add(made)
             writer.end_of_shard()
             broken = np.flatnonzero(values["status"] == FAILED).tolist()
@@ -133,14 +140,18 @@ def _closing(writer: Writer) -> Iterator[None]:
     writer.close()
 
 
-def _made(store: RunStore, values: Mapping[str, NDArray[Any]], start: int, row: int) -> Picture:
+def _made(store: RunStore, values: Mapping[str, NDArray[Any]], start: int, frames_per_second: int, row: int) -> Picture:
     columns = {name: values[name] for name in store.columns}
     height, width = own_size(columns, row, (store.layout.item_shape[-3], store.layout.item_shape[-2]))
-    buffer = BytesIO()
-    picture(values["image"][row], height, width).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    if store.layout.kind == "video":
+        data = mp4(values["video"][row][:, :height, :width], frames_per_second)
+    else:
+        buffer = BytesIO()
+        picture(values["image"][row], height, width).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+        data = buffer.getvalue()
     others = {name: plain(column[row]) for name, column in columns.items() if name not in ("id", "prompt", "seed")}
     ident, prompt, seed = str(columns["id"][row]), str(columns["prompt"][row]), int(columns["seed"][row])
-    return Picture(file_name(ident, start + row), ident, prompt, seed, others, buffer.getvalue())
+    return Picture(file_name(ident, start + row), ident, prompt, seed, others, data)
 
 
 def _failure(values: Mapping[str, NDArray[Any]], row: int) -> dict[str, Any]:

@@ -15,14 +15,14 @@ _FILE_ITEMS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One item on its way out. ``name`` is its id as a file name, unique in the run; ``png`` the file."""
+    """One item on its way out. ``name`` is its id as a file name, unique in the run; ``data`` its PNG or MP4 file."""
 
     name: str
     id: str
     prompt: str
     seed: int
     arguments: dict[str, Any]
-    png: bytes
+    data: bytes
 
     def about(self) -> dict[str, Any]:
         """Everything but the pixels, by the name of its column."""
@@ -43,17 +43,19 @@ class Writer(Protocol):
 class PngFolder:
     """``images/<name>.png`` and ``metadata.jsonl``: the layout of Hugging Face's imagefolder."""
 
+    folder, suffix = "images", "png"
+
     def __init__(self, folder: Path) -> None:
         self.files = 1
         self._folder = folder
-        (folder / "images").mkdir()
+        (folder / self.folder).mkdir()
         self._metadata = (folder / "metadata.jsonl").open("w", encoding="utf-8")
 
     def add(self, picture: Picture) -> None:
-        name = f"images/{picture.name}.png"
+        name = f"{self.folder}/{picture.name}.{self.suffix}"
         # Exclusive: on disks that ignore case, Cat.png would silently replace cat.png.
         with (self._folder / name).open("xb") as file:
-            file.write(picture.png)
+            file.write(picture.data)
         fixed = {"file_name": name, "text": picture.prompt}
         about = {key: value for key, value in picture.about().items() if key not in ("prompt", *fixed)}
         line = {**fixed, **about}
@@ -65,6 +67,12 @@ class PngFolder:
 
     def close(self) -> None:
         self._metadata.close()
+
+
+class Mp4Folder(PngFolder):
+    """``videos/<name>.mp4`` and ``metadata.jsonl``: the layout of Hugging Face's videofolder."""
+
+    folder, suffix = "videos", "mp4"
 
 
 class WebDataset:
@@ -83,7 +91,7 @@ class WebDataset:
             self.files += 1
             self._bytes = self._items = 0
         about = json.dumps(picture.about(), ensure_ascii=False).encode()
-        for suffix, data in (("png", picture.png), ("txt", picture.prompt.encode()), ("json", about)):
+        for suffix, data in (("png", picture.data), ("txt", picture.prompt.encode()), ("json", about)):
             entry = tarfile.TarInfo(f"{picture.name}.{suffix}")  # of no time and no owner: equal runs, equal tars
             entry.size = len(data)
             self._tar.addfile(entry, BytesIO(data))
@@ -111,9 +119,9 @@ class ParquetDataset:
         self._bytes = 0
 
     def add(self, picture: Picture) -> None:
-        image = {"bytes": picture.png, "path": f"{picture.name}.png"}
+        image = {"bytes": picture.data, "path": f"{picture.name}.png"}
         self._rows.append({"image": image, **picture.about()})
-        self._bytes += len(picture.png)
+        self._bytes += len(picture.data)
 
     def end_of_shard(self) -> None:
         """A shard is a row group: readers hold one of them at a time."""
@@ -166,4 +174,9 @@ def _schema(row: dict[str, Any]) -> Any:
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-WRITERS: dict[str, type[Writer]] = {"png": PngFolder, "webdataset": WebDataset, "parquet": ParquetDataset}
+WRITERS: dict[str, type[Writer]] = {
+    "png": PngFolder,
+    "webdataset": WebDataset,
+    "parquet": ParquetDataset,
+    "mp4": Mp4Folder,
+}

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfdask.arguments import canonical_json
+from dfdask.errors import PromptError
+from dfdask.images import Picture, is_picture
 from dfdask.items import Item
 from dfdask.seeds import explicit_seed
 
@@ -71,6 +74,7 @@ class ItemTable:
     images_per_prompt: int
     arguments: Mapping[str, Any]  # the job's
     own: Mapping[str, ArgumentColumn] = field(default_factory=dict)
+    pictures: Mapping[str, tuple[Path, Picture]] = field(default_factory=dict)  # by their paths as the job has them
 
     def __len__(self) -> int:
         return len(self.prompts) * self.images_per_prompt
@@ -83,8 +87,12 @@ class ItemTable:
         return map(self._item, range(len(self)))
 
     def items(self, start: int, stop: int) -> list[Item]:
-        """Rows ``start`` to ``stop`` (exclusive), cut to what is there, as in a slice."""
-        return [self._item(index) for index in range(len(self))[start:stop]]
+        """Rows ``start`` to ``stop`` (exclusive), cut to what is there, as in a slice, with their pictures' data.
+
+        Raises PromptError where a picture cannot be read any more.
+        """
+        data: dict[str, Picture] = {}
+        return [self._item(index, data) for index in range(len(self))[start:stop]]
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """One array of len(self) a column.
@@ -92,7 +100,7 @@ class ItemTable:
         ``id`` and ``prompt`` (StringDType), ``seed`` (uint32), ``image_index`` (uint16), and every argument
         that some item sets itself, with the job's value where an item does not: int64, float64 (NaN where
         there is no value), bool, or StringDType ("" where there is none; JSON text for data that is none of
-        these).
+        these). Paths of pictures are in ``input_...`` columns: ``image`` is the output.
         """
         copies = self.images_per_prompt
         image_index = np.tile(np.arange(copies, dtype=np.uint16), len(self.prompts))
@@ -101,7 +109,7 @@ class ItemTable:
             "prompt": np.repeat(_strings(map(self.prompts.__getitem__, range(len(self.prompts)))), copies),
             "seed": np.repeat(self.seeds, copies) + image_index.astype(np.uint32),
             "image_index": image_index,
-            **{name: np.repeat(self._effective(name), copies) for name in self.own},
+            **{_column_name(name): np.repeat(self._effective(name), copies) for name in self.own},
         }
 
     def digest(self) -> str:
@@ -120,14 +128,38 @@ class ItemTable:
                 column.values.update(digest)
             else:
                 digest.update(column.values.tobytes())
+        for name, (_, picture) in sorted(self.pictures.items()):
+            digest.update(f"\npicture {name} {picture.digest}\n".encode())
         return digest.hexdigest()
 
-    def _item(self, index: int) -> Item:
+    def _item(self, index: int, data: dict[str, Picture] | None = None) -> Item:
+        """``data`` collects the pictures that are loaded; None: load none."""
         row, image = divmod(index, self.images_per_prompt)
         seed = explicit_seed(int(self.seeds[row]), image)
         own = {name: column.value(row) for name, column in self.own.items() if column.given[row]}
         arguments = {**self.arguments, **own} if own else self.arguments
+        if self.pictures:
+            arguments = {name: self._pictured(name, value, data) for name, value in arguments.items()}
         return Item(index, self._id(index), self.prompts[row], seed, arguments)
+
+    def _pictured(self, name: str, value: Any, data: dict[str, Picture] | None) -> Any:
+        if not is_picture(name):
+            return value
+        if isinstance(value, list):
+            return [self._pictured(name, entry, data) for entry in value]
+        if not isinstance(value, str) or value not in self.pictures:
+            return value
+        path, picture = self.pictures[value]
+        if data is None:
+            return picture
+        if value not in data:
+            try:
+                data[value] = picture.loaded(path)
+            except OSError as error:
+                raise PromptError(f"{path}: cannot be read any more: {error.strerror or error}") from None
+            except ValueError as error:
+                raise PromptError(str(error)) from None
+        return data[value]
 
     def _id(self, index: int) -> str:
         row, image = divmod(index, self.images_per_prompt)
@@ -152,6 +184,10 @@ class ItemTable:
         if kinds <= {str, type(None)}:
             return _strings("" if value is None else value for value in values)
         return _strings(canonical_json(value) for value in values)
+
+
+def _column_name(argument: str) -> str:
+    return f"input_{argument}" if is_picture(argument) else argument
 
 
 def _strings(texts: Iterable[str]) -> NDArray[Any]:

@@ -197,12 +197,19 @@ def _fake(spec: JobSpec, batch: int) -> _Works:
 def _counted(spec: JobSpec, sample: list[Item]) -> _Works:
     from dfdask.stages.cut import stage_names
     from dfdask.stages.model import WHOLE, locate
-    from dfdask.stages.operations import count_operations
+    from dfdask.stages.profile import stage_profiles
 
     ref = model_ref(spec)
     if stage_names(locate(ref.source, ref.revision)) == (WHOLE,):
         raise ModelError(f"model: {ref.source} has no stages to plan with; run a few items and look at their times")
-    return {name: (stage.work, stage.weights) for name, stage in count_operations(ref, sample).items()}
+    profiles = stage_profiles(ref, sample[0])
+    for name, profile in profiles.items():
+        if profile.problem:
+            raise ModelError(
+                f"model: the operations of {name} cannot be counted ({profile.problem}); "
+                "run a few items and plan from what they took"
+            )
+    return {name: (profile.work(len(sample)), dict(profile.weight_bytes)) for name, profile in profiles.items()}
 
 
 def _doubt(stages: list[StageForecast]) -> float:

@@ -43,6 +43,7 @@ def create_store(
         "version": FORMAT_VERSION,
         **facts,
         "stages": list(checked.stages),
+        **({"uncut": checked.uncut} if checked.uncut else {}),
         "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
         "lossy": list(spec.speed.lossy),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from dfdask.arguments import check_argument, checked_text, plain, shown
 from dfdask.errors import PromptError
+from dfdask.images import Picture, find_picture, is_picture
 from dfdask.item_table import ArgumentColumn, ItemTable, Kind, TextColumn
 from dfdask.prompt_files import Row, is_textual, read_rows, unit
 from dfdask.seeds import SEEDS, seed_from_key, text_key
@@ -54,7 +56,25 @@ class _Builder:
             raise PromptError(f"{self.source}: there are no prompts in it; add at least one")
         self._check_ids()
         own = {name: self._column(name, values) for name, values in self.own.items()}
-        return ItemTable(self.prompts, self.ids, self._seeds(), self.spec.images_per_prompt, self.spec.arguments, own)
+        pictures = self._pictures(own)
+        copies, arguments = self.spec.images_per_prompt, self.spec.arguments
+        return ItemTable(self.prompts, self.ids, self._seeds(), copies, arguments, own, pictures)
+
+    def _pictures(self, own: Mapping[str, ArgumentColumn]) -> dict[str, tuple[Path, Picture]]:
+        """Every picture file that the job or a row names, looked at once."""
+        found: dict[str, tuple[Path, Picture]] = {}
+        home, allowed = self.spec.picture_folders()
+        for name, value in self.spec.arguments.items():
+            if is_picture(name):
+                try:
+                    _find(value, home, allowed, found)
+                except ValueError as error:
+                    raise PromptError(f"arguments.{name}: {error}") from None
+        for name, column in own.items():
+            if is_picture(name):
+                for row in column.given.nonzero()[0].tolist():
+                    self._checked(row, name, _find, column.value(row), home, allowed, found)
+        return found
 
     def _add(self, values: dict[str, Any]) -> None:
         row = len(self.prompts)
@@ -178,6 +198,12 @@ _DTYPES: dict[type, tuple[Any, Kind]] = {
     float: (np.float64, "float"),
     bool: (np.bool_, "bool"),
 }
+
+
+def _find(value: Any, home: Path, allowed: Any, found: dict[str, tuple[Path, Picture]]) -> None:
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and text not in found:
+            found[text] = find_picture(text, home, allowed)
 
 
 def _occurrences(keys: NDArray[Any]) -> NDArray[np.int64]:

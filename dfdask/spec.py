@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -31,26 +30,20 @@ from dfdask.arguments import (
     canonical_json,
     check_argument,
     check_argument_name,
-    plain,
     shown,
 )
 from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
 from dfdask.scale_spec import Scale
+from dfdask.spec_parts import Adapter, Count, Name, Part, Scheduler, prompt_entry
 from dfdask.speed import Quantization, Speed
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Name = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 StageName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 ITEM_KEYS = ("prompt", "id", "seed")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class PromptFile(_Part):
+class PromptFile(Part):
     """Prompts in a file.
 
     ``columns`` says which column holds ``prompt``, ``id``, ``seed`` or a pipeline argument; null means: do
@@ -80,14 +73,14 @@ class PromptFile(_Part):
 Seconds = Annotated[float, Field(ge=0, strict=True)]
 
 
-class FakeShift(_Part):
+class FakeShift(Part):
     """Other seconds per item from the row ``at`` on: a change of the mix in mid-run."""
 
     at: Annotated[StrictInt, Field(ge=0)] = Field(examples=[300])
     stages: dict[StageName, Seconds] = Field(examples=["{encode: 0.3}"])
 
 
-class FakeStages(_Part):
+class FakeStages(Part):
     """A model without a model: stages that sleep, for tests, demonstrations and simulations.
 
     ``weights`` are the bytes of each stage's only component, ``load_seconds`` what bringing one to the device takes;
@@ -121,13 +114,13 @@ class FakeStages(_Part):
         return self
 
 
-class FakeModel(_Part):
+class FakeModel(Part):
     """``model: {fake: {...}}``."""
 
     fake: FakeStages = Field(examples=["{stages: {encode: 0.1, denoise: 1.0, decode: 0.1}}"])
 
 
-class WorkerGroup(_Part):
+class WorkerGroup(Part):
     """``count`` local workers that are bound to ``stages`` (None: the scheduler gives them what there is to do).
 
     ``device_class`` names what they run on where there are several kinds; ``memory`` are the bytes that components
@@ -152,7 +145,7 @@ def _kind(single: type, name: str, several: str) -> Discriminator:
     return Discriminator(lambda value: f"<{name}>" if isinstance(value, (single, Mapping)) else f"<{several}>")
 
 
-class JobSpec(_Part):
+class JobSpec(Part):
     """A validated job. See ``jobs/README.md`` for what each key means."""
 
     model: Annotated[
@@ -165,6 +158,8 @@ class JobSpec(_Part):
     images_per_prompt: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(default=1, examples=[1])
     seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = Field(default=0, examples=[0])
     arguments: dict[Any, Any] = Field(default={}, examples=["{num_inference_steps: 30}"])
+    adapters: list[Adapter] = Field(default=[], examples=["[{path: loras/ink.safetensors, scale: 0.8}]"])
+    scheduler: Scheduler | None = Field(default=None, examples=["{class: EulerDiscreteScheduler}"])
     output: Name | None = Field(default=None, examples=["local/my-run"])
     revision: Name | None = Field(default=None, examples=["main"])
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", examples=["bfloat16"])
@@ -184,6 +179,7 @@ class JobSpec(_Part):
     scale: Scale | None = Field(default=None, examples=["{max: 8}"])
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _job_dir: Path | None = PrivateAttr(default=None)  # of the job file; None for a job made in Python
 
     def __init__(self, **fields: Any) -> None:
         """Raises SpecError."""
@@ -218,7 +214,7 @@ class JobSpec(_Part):
             raise ValueError("must be texts or mappings, got a table; pass table['prompt'] or its rows as mappings")
         if isinstance(value, (bytes, bytearray)) or not isinstance(value, Iterable):
             raise ValueError(f"must be a file or a list of prompts, got {shown(value)}; write e.g. [red apple]")
-        return [_prompt_entry(place, entry) for place, entry in enumerate(value)]
+        return [prompt_entry(place, entry) for place, entry in enumerate(value)]
 
     @field_validator("arguments")
     @classmethod
@@ -258,8 +254,9 @@ class JobSpec(_Part):
         if fields.get("output") is None:
             fields["output"] = f"local/{re.sub(r'[^A-Za-z0-9._-]+', '-', path.stem)}"
         spec = cls._made({**fields, **changes}, str(path), lines)
+        spec._job_dir = path.resolve().parent
         if "prompts" not in changes:
-            spec._base_dir = path.resolve().parent
+            spec._base_dir = spec._job_dir
             spec._confine(path, lines)
         return spec
 
@@ -267,6 +264,7 @@ class JobSpec(_Part):
         """The same job with other values, validated again."""
         known = {name: getattr(self, name) for name in self.model_fields_set}
         spec = self._made({**known, **fields}, "job", {})
+        spec._job_dir = self._job_dir
         if "prompts" not in fields:
             spec._base_dir = self._base_dir
         return spec
@@ -291,6 +289,18 @@ class JobSpec(_Part):
         """Where the prompt file is; None for inline prompts."""
         return None if isinstance(self.prompts, list) else self._base_dir / self.prompts.file
 
+    def picture_folders(self) -> tuple[Path, tuple[Path, ...] | None]:
+        """Where relative picture files are looked up, and the folders that they must lie in; None: anywhere."""
+        if self._job_dir is None:
+            return Path.cwd(), None
+        path = self.prompt_path()
+        return self._job_dir, (self._job_dir, Path.cwd(), *([path.parent] if path else []))
+
+    def base_file(self, text: str) -> str:
+        """A file or folder that the job names: below the job file's folder where it is there, else as it is written."""
+        beside = (self._job_dir or Path.cwd()) / text
+        return str(beside) if beside.exists() else text
+
     def canonical(self) -> dict[str, Any]:
         """What determines the pixels, besides the items, as JSON-able data."""
         names = (
@@ -300,12 +310,16 @@ class JobSpec(_Part):
             "seed",
             "images_per_prompt",
             "arguments",
+            "adapters",
+            "scheduler",
             "batch",
             "shard",
             "strict",
         )
         chosen = self.model_dump(mode="json", include=set(names))
-        if self.speed != Speed():  # runs that were made before there was a choice stay what they are
+        # Runs that were made before there was a choice stay what they are.
+        chosen = {name: value for name, value in chosen.items() if name not in _NEWER or value}
+        if self.speed != Speed():
             chosen["speed"] = self.speed.model_dump(mode="json", exclude_defaults=True)
         return chosen
 
@@ -338,6 +352,9 @@ class JobSpec(_Part):
             )
 
 
+_NEWER = ("adapters", "scheduler")  # what runs of earlier versions do not name
+
+
 def fingerprint(canonical: Mapping[str, Any], items_digest: str) -> str:
     """One hex text for everything that determines a run's output."""
     return hashlib.sha256(f"{canonical_json(canonical)}\n{items_digest}".encode()).hexdigest()
@@ -367,26 +384,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _prompt_entry(place: int, entry: Any) -> str | dict[str, Any]:
-    if type(entry) is str:
-        return entry
-    if isinstance(entry, str):
-        return str(entry)
-    if isinstance(entry, Mapping):
-        entry = dict(entry)
-        if isinstance(entry.get("prompt"), str) and all(isinstance(key, str) for key in entry):
-            return {key: located((place, key), plain, value) for key, value in entry.items()}
-        raise problem(((place,), f"must have a `prompt` that is text, got {shown(entry)}; write {{prompt: ...}}"))
-    raise problem(((place,), f"must be text or a mapping, got {shown(entry)}; put it in quotes"))
-
-
 def _part_at(path: tuple[str | int, ...]) -> type[BaseModel]:
     if path[:1] == ("prompts",):
         return PromptFile
     if path[:1] == ("model",):
         return FakeModel if len(path) == 1 else FakeStages
-    if path[:1] == ("scale",):
-        return Scale
     if path[:1] == ("speed",):
         return Speed if len(path) == 1 else Quantization
-    return WorkerGroup if path[:1] == ("workers",) else JobSpec
+    parts: dict[Any, type[BaseModel]] = {
+        "workers": WorkerGroup,
+        "adapters": Adapter,
+        "scheduler": Scheduler,
+        "scale": Scale,
+    }
+    return parts.get(path[0], JobSpec) if path else JobSpec

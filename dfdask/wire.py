@@ -22,7 +22,9 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if _is_tensor(value):
-            return _rebuild, (*_describe(value), pickle.PickleBuffer(_as_bytes(value)))
+            order = _order(value)
+            value = value.detach().permute(order)
+            return _rebuild, (*_describe(value), order, pickle.PickleBuffer(_as_bytes(value)))
         return NotImplemented
 
 
@@ -62,6 +64,16 @@ def _is_tensor(value: Any) -> bool:
     return kind.__module__.startswith("torch") and kind.__name__ in ("Tensor", "Parameter")
 
 
+def _order(tensor: Any) -> tuple[int, ...]:
+    """Its dimensions from the outermost to the innermost in memory.
+
+    It is kept, for kernels round by it: what a channels-last convolution made is rounded otherwise once laid out anew.
+    """
+    places = range(tensor.dim())
+    order = tuple(sorted(places, key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else tuple(places)
+
+
 def _describe(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
@@ -74,12 +86,13 @@ def _as_bytes(tensor: Any) -> Any:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
 
 
-def _rebuild(dtype: str, shape: tuple[int, ...], data: Any) -> Any:
+def _rebuild(dtype: str, shape: tuple[int, ...], order: tuple[int, ...], data: Any) -> Any:
     import torch
 
     kind = getattr(torch, dtype)
+    back = sorted(range(len(order)), key=order.__getitem__)
     if memoryview(data).nbytes == 0:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind).permute(back)
     if memoryview(data).readonly:  # torch tensors are writable, so this one needs bytes of its own
         data = bytearray(data)
-    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
+    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape).permute(back)

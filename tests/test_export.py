@@ -6,12 +6,14 @@ import io
 import json
 import resource
 import signal
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import obstore
 import pyarrow.parquet as pq
@@ -223,9 +225,41 @@ def test_channels_that_no_picture_has(local: Location, tmp_path: Path, format: A
 def test_videos_are_refused(local: Location, tmp_path: Path, format: Any) -> None:
     store = new_run(local, shape=(2, 6, 5, 3))
     put(store, 0)
-    with pytest.raises(StorageError, match=r"holds videos, which cannot be exported yet.*run.dataset\(\).video"):
+    with pytest.raises(StorageError, match=rf"holds videos, which {format} is not for; choose mp4"):
         export_run(store, format, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (17, 15)])
+def test_videos_become_mp4(local: Location, tmp_path: Path, height: int, width: int) -> None:
+    layout = Layout("video", (5, height, width, 3), 3, 3)
+    store = RunStore.create(local, layout, columns(3), {"dfdask": {"spec": {"seed": 1}}})
+    rows, columns_ = np.mgrid[0:height, 0:width]
+    frames = [np.stack([rows * 5 + 9 * frame, columns_ * 4, rows * 0 + 90], -1) for frame in range(5)]
+    data = np.stack([np.stack(frames).astype(np.uint8)] * 3)
+    store.write_shard(0, data, np.array([OK, OK, 2], np.uint8), ["", "", "denoise: no"], {"stage_seconds": {}})
+    done = export_run(store, "mp4", tmp_path / "out", frames_per_second=8)
+    assert done == ExportSummary(files=3, items=2, skipped=1, failed=1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == ["videos/id-0.mp4", "videos/id-1.mp4"]
+    with av.open(tmp_path / "out" / "videos" / "id-1.mp4") as container:
+        assert container.streams.video[0].average_rate == 8
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert shown.shape == data.shape[1:]
+    assert np.abs(shown.astype(int) - data[1]).mean() < 6, "that is what compressing costs"
+
+
+def test_pictures_are_no_videos(store: RunStore, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="holds images, which mp4 is not for; choose png"):
+        export_run(store, "mp4", tmp_path / "out")
+
+
+def test_mp4_without_its_library(local: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_run(local, shape=(2, 6, 5, 3))
+    put(store, 0)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(StorageError, match=r"need PyAV.*pip install 'dfdask\[video\]'"):
+        export_run(store, "mp4", tmp_path / "out")
 
 
 def test_runs_with_nothing_to_export(local: Location, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ CONDA_NAMES = {"torch": "pytorch", "dask": "dask-core", "prometheus-client": "pr
 # Imports point down, from a later layer to an earlier one or within one. A name stands for a module, or for
 # a package with all that is in it.
 LAYERS: dict[str, set[str]] = {
-    "values": {"spec", "scale_spec", "speed", "items", "events", "errors", "arguments", "problems", "job_file", "tags"},
+    "values": {
+        *("spec", "spec_parts", "scale_spec", "speed", "items", "images", "events", "errors", "arguments"),
+        *("problems", "job_file", "tags"),
+    },
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
         *("cost", "fluid", "capacity", "placement", "options", "dispatch", "controller", "fleets", "scaling"),
@@ -45,8 +48,19 @@ LAYERS: dict[str, set[str]] = {
     },
     "tools": {"simulate", "evaluate", "plan"},
     "face": {
-        *("cli", "dashboard", "progress", "terminal", "watch", "notebook", "summary", "explain", "report"),
-        *("report_page", "sheet", "export", "export_formats"),
+        *(
+            "cli",
+            "cli_options",
+            "dashboard",
+            "progress",
+            "terminal",
+            "watch",
+            "notebook",
+            "summary",
+            "explain",
+            "report",
+        ),
+        *("report_page", "inspection", "video", "sheet", "export", "export_formats"),
     },
     "top": {"__init__", "__main__"},
 }
@@ -224,7 +238,9 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "notebooks", "jobqueue", "kubernetes", "cloud", "gateway"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        *("test", "notebooks", "jobqueue", "kubernetes", "cloud", "gateway", "video"),
+    }
 
 
 def test_changelog_names_the_version() -> None:

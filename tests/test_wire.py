@@ -119,6 +119,14 @@ def test_views_that_torch_has_not_computed_yet() -> None:
         assert same(state_of(there(holding(tensor))), tensor)
 
 
+def test_the_order_in_memory_is_kept() -> None:
+    """CPU kernels round by it."""
+    for order in ((0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 2, 3), (1, 0, 2, 3)):
+        tensor = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5).permute(order)
+        arrived = state_of(there(holding(tensor)))
+        assert torch.equal(arrived, tensor) and arrived.stride() == tensor.stride()
+
+
 def test_parameters_and_gradients_arrive_as_plain_tensors() -> None:
     weights = torch.nn.Parameter(torch.ones(3))
     found = state_of(there(holding([weights, weights * 2])))

@@ -48,7 +48,10 @@ def save_tiny(family: str, folder: Path) -> Path:
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(7)
-        _BUILDERS[family](folder / ".vocabulary").save_pretrained(folder)
+        import tiny_families
+
+        build = {**_BUILDERS, **tiny_families.BUILDERS}[family]
+        build(folder / ".vocabulary").save_pretrained(folder)
     return folder
 
 

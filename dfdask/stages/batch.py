@@ -23,7 +23,7 @@ class Stage(Protocol):
 
         What has a part for each item is handed over as ``Rows``: nothing else is divided with the items. The last
         stage returns a sequence of uint8 arrays, one per item, or an exception in the place of an item that came out
-        wrong.
+        wrong. Where ``passes_pictures`` is there and false, later stages get the items' pictures without their data.
         """
 
 
@@ -118,7 +118,11 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
             continue
         shortage = None
         try:
-            groups.append(replace(group, state=stage.run(group.items, group.state)))
+            done = stage.run(group.items, group.state)
+            items = group.items
+            if not getattr(stage, "passes_pictures", True):
+                items = tuple(item.without_pictures() for item in items)
+            groups.append(Group(items, done))
         except DfdaskError:
             raise
         except Exception as error:
@@ -188,6 +192,9 @@ def _merged(groups: Sequence[Group], memory: Memory | None) -> list[Group]:
 
 
 def _joined(one: Group, other: Group) -> Group | None:
+    states = (one.state, other.state)
+    if states != (None, None) and not all(map(_has_rows, states)):
+        return None  # of a pipeline that takes one item at a time: equal states are not one of both
     try:
         return Group(one.items + other.items, _join(one.state, other.state))
     except _Apart:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from dfdask.arguments import canonical_json, nearest
 from dfdask.errors import ModelError, SpecError
-from dfdask.items import Item
-from dfdask.stages.cut import StopStage, open_pipeline, pipeline_call, stage_names
+from dfdask.images import Picture
+from dfdask.items import Item, pictures_in
+from dfdask.stages.call import pipeline_call
+from dfdask.stages.cut import StopStage, open_pipeline, pipeline_anatomy, stage_names
 from dfdask.stages.model import WHOLE, ModelRef, locate
 
 _MAX_CHECKED = 1000
@@ -28,18 +30,23 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A model that takes the job: its stages in order, and what comes out."""
+    """A model that takes the job: its stages in order, what comes out, and why it is not cut where it is not."""
 
     stages: tuple[str, ...]
     output: Output
+    uncut: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A model's stages in order, and the shape that it makes of each sample, without the channels."""
+    """A model's stages in order, and the shape that it makes of each sample, without the channels.
+
+    ``uncut`` says why a pipeline runs whole, else it is empty.
+    """
 
     stages: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    uncut: str = ""
 
 
 def check_job(
@@ -55,12 +62,12 @@ def check_job(
     samples: list[Item] = []
     sample_of: list[int] = []
     for item in items:
-        key = canonical_json({name: value for name, value in item.arguments.items() if "prompt" not in name})
+        key = canonical_json({name: _sized(value) for name, value in item.arguments.items() if "prompt" not in name})
         if key not in places:
             if len(samples) >= _MAX_CHECKED:
                 raise SpecError(f"arguments: more than {_MAX_CHECKED} different combinations in one job; split the job")
             places[key] = len(samples)
-            samples.append(item)
+            samples.append(item.without_pictures())
         sample_of.append(places[key])
     inspected = (inspector or inspect_model)(ref, samples)
     kinds = set(inspected.shapes)
@@ -73,16 +80,26 @@ def check_job(
     sizes = None
     if len(kinds) > 1:
         sizes = tuple((inspected.shapes[place][-2], inspected.shapes[place][-1]) for place in sample_of)
-    return Checked(inspected.stages, Output("video" if frames else "image", (*frames, height, width, 3), sizes))
+    output = Output("video" if frames else "image", (*frames, height, width, 3), sizes)
+    return Checked(inspected.stages, output, inspected.uncut)
+
+
+def _sized(value: Any) -> Any:
+    """``value`` with the sizes of pictures for the pictures: that is all that the size of the output depends on."""
+    if isinstance(value, list):
+        return [_sized(entry) for entry in value]
+    return {"picture": [value.width, value.height]} if isinstance(value, Picture) else value
 
 
 def inspect_model(ref: ModelRef, samples: Sequence[Item]) -> Inspected:
     """Open the pipeline of ``ref`` without weights and try ``samples`` on it. Raises SpecError and ModelError."""
-    stages = stage_names(locate(ref.source, ref.revision))
+    folder = locate(ref.source, ref.revision)
+    stages = stage_names(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = open_pipeline(ref, None, "cpu")
-    return Inspected(stages, tuple(_shape(pipeline, item, stages) for item in samples))
+    shapes = tuple(_shape(pipeline, item, stages) for item in samples)
+    return Inspected(stages, shapes, pipeline_anatomy(folder).uncut)
 
 
 def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...]:
@@ -123,12 +140,27 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
         object.__delattr__(pipeline, "encode_prompt")
     height = local.get("orig_height", local.get("height"))
     width = local.get("orig_width", local.get("width"))
+    overlaid = item.arguments.get("padding_mask_crop") is not None
+    if "height" not in accepted or overlaid:
+        height, width = _picture_size(pipeline, item, overlaid)
     if not isinstance(height, int) or not isinstance(width, int):
         raise SpecError(f"arguments: {kind} does not say which size it makes; set height and width")
-    _check_size(pipeline, item, "height", height)
-    _check_size(pipeline, item, "width", width)
+    if not overlaid:
+        _check_size(pipeline, item, "height", height)
+        _check_size(pipeline, item, "width", width)
     frames = local.get("num_frames")
     return (frames, height, width) if isinstance(frames, int) else (height, width)
+
+
+def _picture_size(pipeline: Any, item: Item, overlaid: bool) -> tuple[int | None, int | None]:
+    """(height, width) where the input picture decides: its own, or cut to what the VAE can make."""
+    pictures = pictures_in(item.arguments.get("image"))
+    if not pictures:
+        return None, None
+    if overlaid:  # what is made is laid over the picture
+        return pictures[0].height, pictures[0].width
+    height, width = pipeline.image_processor.get_default_height_width(pictures[0].open())
+    return int(height), int(width)
 
 
 def _check_size(pipeline: Any, item: Item, name: str, pixels: int) -> None:

@@ -1,11 +1,11 @@
 """Cut any diffusers pipeline into stages, without knowing its family.
 
 Every stage calls the pipeline's own ``__call__`` with the user's arguments. Components that the stage does not
-own are phantoms: their real configuration on the meta device, no weights. The cuts are two calls that text-to-X
-pipelines make in this order: ``encode_prompt`` and ``vae.decode``.
+own are phantoms: their real configuration on the meta device, no weights.
 
-- encode records what ``encode_prompt`` returns and stops where latents or timesteps are prepared; what has a part
-  for each item is what changes its length when a single item is encoded;
+- encode records what the pipeline's ``encode_...`` methods and its encoders return (``vae.encode`` among them where
+  it starts from pictures) and stops where latents or timesteps are prepared; with pictures, where the denoiser is
+  called first;
 - denoise replays that and stops at ``vae.decode``, whose arguments it hands over;
 - decode replays empty stand-ins, takes no denoising steps, and runs the VAE and all that the pipeline does after.
 """
@@ -15,24 +15,24 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dfdask.batching import call_key, is_batchable
 from dfdask.errors import ModelError
-from dfdask.items import Item
+from dfdask.items import Item, pictures_in
 from dfdask.speed import Speed
-from dfdask.stages.batch import Rows, map_entries
+from dfdask.stages.adapters import load_adapters, set_scheduler
+from dfdask.stages.anatomy import Anatomy, anatomy
+from dfdask.stages.call import pipeline_call, to_pixels
+from dfdask.stages.encode import Encoder
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
 from dfdask.stages.speed import apply, load_quantized, reset_caches
-
-_ABSENT = object()
+from dfdask.stages.state import copied, marked_by_length, moved, shapes, stand_ins, together
+from dfdask.stages.tape import Tape, encoders, patched, recording, replaying
 
 
 class StopStage(BaseException):
@@ -51,8 +51,27 @@ class Phantom:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise StopStage((args, kwargs))
+
+    decode = forward
+
+    def to(self, *args: Any, dtype: Any = None, **kwargs: Any) -> Phantom:
+        """Change the dtype of what has no weights; there is nothing to move."""
+        import torch
+
+        wanted = next((value for value in args if isinstance(value, torch.dtype)), dtype)
+        if wanted is not None:
+            self._model.to(dtype=wanted)
+        return self
+
+    def pass_by(self, *args: Any, **kwargs: Any) -> None:
+        """Adapters are loaded where the weights are."""
+
+    load_lora_adapter = load_adapter = pass_by
 
 
 def import_libraries() -> None:
@@ -68,11 +87,24 @@ def import_libraries() -> None:
 
 def stage_names(folder: Path) -> tuple[str, ...]:
     """The stages of a pipeline in order: encode, denoise and decode where it has the cuts, else one."""
+    return (WHOLE,) if pipeline_anatomy(folder).uncut else ("encode", "denoise", "decode")
+
+
+def pipeline_anatomy(folder: Path) -> Anatomy:
+    """Where the pipeline in ``folder`` can be cut. Raises ModelError."""
     name, parts = components(folder)
-    kind = pipeline_class(name)
-    owners = {part.stage for part in parts}
-    has_cuts = hasattr(kind, "encode_prompt") and any(part.name == "vae" for part in parts)
-    return ("encode", "denoise", "decode") if has_cuts and len(owners - {None}) == 3 else (WHOLE,)
+    return anatomy(pipeline_class(name), parts)
+
+
+def stage_parts(folder: Path, stage: str) -> list[Component]:
+    """The components whose weights ``stage`` needs. Raises ModelError."""
+    name, parts = components(folder)
+    weighty = [part for part in parts if part.stage is not None]
+    return [part for part in weighty if stage == WHOLE or stage in _owners(part, anatomy(pipeline_class(name), parts))]
+
+
+def _owners(part: Component, cuts: Anatomy) -> tuple[str | None, ...]:
+    return ("encode", "decode") if part.name == "vae" and cuts.conditions else (part.stage,)
 
 
 def pipeline_class(name: str) -> Any:
@@ -102,10 +134,15 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
     name, parts = components(folder)
     kind = pipeline_class(name)
     dtype = getattr(torch, ref.dtype)
+    cuts = anatomy(kind, parts)
     loaded: dict[str, Any] = {}
     for part in parts:
+        if stage in _owners(part, cuts):
+            part = replace(part, stage=stage)
         try:
             loaded[part.name] = _component(folder, part, stage, dtype, device, ref.speed)
+            if isinstance(loaded[part.name], Phantom):
+                _restore_statistics(loaded[part.name], folder / part.name)
         except ModelError:
             raise
         except Exception as error:
@@ -128,13 +165,16 @@ def open_pipeline(ref: ModelRef, stage: str | None, device: str) -> Any:
             "download or save the model again"
         ) from None
     pipeline.set_progress_bar_config(disable=True)
+    set_scheduler(pipeline, ref.scheduler)
+    load_adapters(pipeline, ref.adapters)
     return pipeline
 
 
 class PipelineStage:
     """One stage of a diffusers pipeline on this worker's device."""
 
-    def __init__(self, ref: ModelRef, stage: str) -> None:
+    def __init__(self, ref: ModelRef, stage: str, pipeline: Any = None) -> None:
+        """Raises ModelError. ``pipeline`` is for what has opened one already, with stand-ins for its components."""
         import torch
 
         if ref.strict:
@@ -142,9 +182,17 @@ class PipelineStage:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self._lock = threading.Lock()  # a pipeline keeps the state of its call: one at a time, whatever the worker
         self._device = device_for(ref.device)
-        self._pipeline = open_pipeline(ref, stage, self._device)
-        apply(ref.speed, self._pipeline, ref.strict)
-        self._single: dict[str, Any] = {}  # by kind of call: the shapes of what one item is encoded to
+        self._pipeline = open_pipeline(ref, stage, self._device) if pipeline is None else pipeline
+        if pipeline is None:
+            apply(ref.speed, self._pipeline, ref.strict)
+        folder = locate(ref.source, ref.revision)
+        self._anatomy = pipeline_anatomy(folder)
+        self._encoders = (
+            {} if stage == WHOLE else encoders(self._pipeline, [part.name for part in stage_parts(folder, "encode")])
+        )
+        self.encoder = Encoder(self._encoded, ref.strict)
+        # Pictures are looked at until the denoising is done, and after it only where they are laid over the output.
+        self.passes_pictures = stage == "encode" or self._anatomy.overlays
         self._run: Callable[[Sequence[Item], Any], Any] = {
             "encode": self._encode,
             "denoise": self._denoise,
@@ -166,93 +214,95 @@ class PipelineStage:
                 reset_caches(self._pipeline)
 
     def _encode(self, items: Sequence[Item], state: Any) -> Any:
-        found = self._encoded(items)
-        if len(items) == 1:
-            return found
-        key = call_key(items[0])
-        if key not in self._single:
-            self._single[key] = _shapes(self._encoded(items[:1]))
-        return _marked(found, self._single[key], len(items))
+        return self.encoder.encode(items)
 
-    def _encoded(self, items: Sequence[Item]) -> tuple[Any, ...]:
-        """What each call of ``encode_prompt`` returned."""
-        pipeline, recorded = self._pipeline, []
-        encode = pipeline.encode_prompt
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            recorded.append(encode(*args, **kwargs))
-            return recorded[-1]
+    def _encoded(self, items: Sequence[Item]) -> tuple[Tape, Any]:
+        """What encodes returned, and the arguments of the first call of the denoiser where it comes to that."""
+        pipeline = self._pipeline
+        pictured = any(map(pictures_in, items[0].arguments.values()))
+        call = pipeline_call(pipeline, items)
+        if self._anatomy.conditions or pictured:
+            with recording(self._encoders, keep=True) as tape:
+                stopped_at = _stops(pipeline, call)
+            return moved(tape, "cpu"), stopped_at
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise StopStage
 
         timesteps = functools.wraps(pipeline.scheduler.set_timesteps)(stop)
         with (
-            _patched(pipeline, encode_prompt=record, prepare_latents=stop),
-            _patched(pipeline.scheduler, set_timesteps=timesteps),
+            recording(self._encoders, keep=False) as tape,
+            patched(pipeline, prepare_latents=stop),
+            patched(pipeline.scheduler, set_timesteps=timesteps),
         ):
-            _stops(pipeline, pipeline_call(pipeline, items))
-        return tuple(_to(recorded, "cpu"))
+            _stops(pipeline, call)
+        return moved(tape, "cpu"), None
 
     def _denoise(self, items: Sequence[Item], state: Any) -> Any:
-        replay = iter(_plain(_to(state, self._device)))
-        with _patched(self._pipeline, encode_prompt=lambda *a, **k: next(replay)):
+        with replaying(self._encoders, self._arrived(state)):
             payload = _stops(self._pipeline, pipeline_call(self._pipeline, items))
         if payload is None:
             raise ModelError(
                 f"model: {type(self._pipeline).__name__} ended without decoding its latents with its VAE; "
                 "it cannot be run in stages"
             )
-        return {"decode": _marked_by_length(_to(payload, "cpu"), len(items)), "embeds": _shapes(state)}
+        return {"decode": marked_by_length(moved(payload, "cpu"), len(items)), "encoded": shapes(state)}
 
     def _decode(self, items: Sequence[Item], state: Any) -> Any:
         pipeline = self._pipeline
-        replay = iter(_plain(_stand_ins(state["embeds"], self._device)))
-        args, kwargs = _plain(_to(state["decode"], self._device))
+        args, kwargs = together(self._arrived(state["decode"]))
         decode, set_timesteps = pipeline.vae.decode, pipeline.scheduler.set_timesteps
+        decoded = []
 
         @functools.wraps(set_timesteps)
         def no_steps(*step_args: Any, **step_kwargs: Any) -> None:
             set_timesteps(*step_args, **step_kwargs)
-            pipeline.scheduler.timesteps = pipeline.scheduler.timesteps[:0]
+            pipeline.scheduler.timesteps = _without_steps(pipeline.scheduler.timesteps, pipeline)
+
+        def decode_once(*_: Any, **__: Any) -> Any:
+            decoded.append(True)
+            return decode(*args, **kwargs)
 
         with (
-            _patched(pipeline, encode_prompt=lambda *a, **k: next(replay)),
-            _patched(pipeline.vae, decode=lambda *a, **k: decode(*args, **kwargs)),
-            _patched(pipeline.scheduler, set_timesteps=no_steps),
+            replaying(self._encoders, stand_ins(state["encoded"], self._device)),
+            patched(pipeline.vae, decode=decode_once),
+            patched(pipeline.scheduler, set_timesteps=no_steps),
         ):
-            return to_pixels(pipeline(**pipeline_call(pipeline, items))[0])
+            try:
+                output = pipeline(**pipeline_call(pipeline, items))[0]
+            except StopStage:
+                decoded.clear()
+        if len(decoded) != 1:
+            raise ModelError(
+                f"model: {type(pipeline).__name__} cannot be run in stages: it decoded {len(decoded)} times after "
+                "no denoising steps"
+            )
+        return to_pixels(output)
+
+    def _arrived(self, state: Any) -> Any:
+        """On the device, in memory of its own: pipelines change what they are given, and it may be used again.
+
+        It is aligned memory too, unlike a buffer from the network: CPU kernels round by where their numbers lie.
+        """
+        return copied(state) if self._device == "cpu" else moved(state, self._device)
 
     def _whole(self, items: Sequence[Item], state: Any) -> Any:
         return to_pixels(self._pipeline(**pipeline_call(self._pipeline, items))[0])
 
 
-def pipeline_call(pipeline: Any, items: Sequence[Item]) -> dict[str, Any]:
-    """The keyword arguments for one call with all ``items``: texts as lists, a CPU generator per item."""
+def _without_steps(timesteps: Any, pipeline: Any) -> Any:
+    """The same timesteps, over which the pipeline's own loop does not go."""
     import torch
 
-    accepted = inspect.signature(pipeline.__call__).parameters
-    call: dict[str, Any] = dict(items[0].arguments)
-    for name, value in items[0].arguments.items():
-        if is_batchable(name, value):
-            call[name] = [item.arguments[name] for item in items]
-    if "prompt" in accepted:
-        call["prompt"] = [item.prompt for item in items]
-    elif "batch_size" in accepted:
-        call["batch_size"] = len(items)
-    call["generator"] = [torch.Generator("cpu").manual_seed(item.seed) for item in items]
-    return {**call, "output_type": "np", "return_dict": False}
+    class Skipped(torch.Tensor):
+        def __iter__(self) -> Iterator[Any]:
+            caller = sys._getframe(1)
+            looping = caller.f_code.co_name == "__call__" and caller.f_locals.get("self") is pipeline
+            bar = str(caller.f_globals.get("__name__")).startswith("tqdm")
+            entries: Iterator[Any] = iter(()) if looping or bar else iter(self.as_subclass(torch.Tensor))
+            return entries
 
-
-def to_pixels(output: Any) -> list[np.ndarray[Any, np.dtype[np.uint8]] | Exception]:
-    """uint8 (y, x, channel) or (frame, y, x, channel) per item from floats in [0, 1]; NaN is an error."""
-    pixels: list[np.ndarray[Any, np.dtype[np.uint8]] | Exception] = []
-    for array in np.asarray(output):
-        if not np.isfinite(array).all():
-            pixels.append(FloatingPointError("the output is not finite (NaN or infinity)"))
-        else:
-            pixels.append((array * 255).round().clip(0, 255).astype(np.uint8))
-    return pixels
+    return timesteps.as_subclass(Skipped) if isinstance(timesteps, torch.Tensor) else timesteps[:0]
 
 
 def _hush() -> None:
@@ -302,96 +352,19 @@ def _stops(pipeline: Any, call: dict[str, Any]) -> Any:
     return None
 
 
-@contextmanager
-def _patched(target: Any, **replacements: Any) -> Iterator[None]:
-    before = {name: target.__dict__.get(name, _ABSENT) for name in replacements}
-    for name, value in replacements.items():
-        object.__setattr__(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is _ABSENT:
-                object.__delattr__(target, name)
-            else:
-                object.__setattr__(target, name, value)
+def _restore_statistics(phantom: Phantom, home: Path) -> None:
+    """Give a phantom the numbers that pipelines read from a component: small buffers that come with its weights.
 
+    The mean and the deviation of latents, as a buffer of the VAE, are among them.
+    """
+    from safetensors import safe_open
 
-def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, (Rows, dict, list, tuple)):
-        return map_entries(lambda entry: _map_leaves(function, entry), value)
-    return function(value)
-
-
-def _to(value: Any, device: str) -> Any:
-    import torch
-
-    return _map_leaves(lambda leaf: leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
-
-
-def _shapes(value: Any) -> Any:
-    """The shapes and dtypes of tensors: all that decoding needs to know of the embeddings."""
-    import torch
-
-    def shape(leaf: Any) -> Any:
-        return _Shape(tuple(leaf.shape), str(leaf.dtype)[6:]) if isinstance(leaf, torch.Tensor) else leaf
-
-    return _map_leaves(shape, value)
-
-
-def _marked(many: Any, one: Any, count: int) -> Any:
-    """``many``, made for ``count`` items, with what has a part for each as Rows; ``one`` was made for a single one."""
-    if isinstance(many, dict) and isinstance(one, dict) and many.keys() == one.keys():
-        pairs = iter([(entry, one[key]) for key, entry in many.items()])
-        return map_entries(lambda _: _marked(*next(pairs), count), many)
-    if isinstance(many, (list, tuple)) and isinstance(one, type(many)):
-        if isinstance(many, list) and (len(many), len(one)) == (count, 1):
-            return Rows(many)
-        if len(many) == len(one):
-            pairs = iter(zip(many, one, strict=True))
-            return map_entries(lambda _: _marked(*next(pairs), count), many)
-    if getattr(many, "shape", ())[:1] == (count,) and getattr(one, "shape", ())[:1] == (1,):
-        return Rows(many)
-    return many
-
-
-def _marked_by_length(value: Any, count: int) -> Any:
-    """What goes into the VAE: latents and timesteps by their first dimension, generators as a list."""
-    if getattr(value, "shape", ())[:1] == (count,) or (isinstance(value, list) and len(value) == count):
-        return Rows(value)
-    if isinstance(value, (dict, tuple)):
-        return map_entries(lambda entry: _marked_by_length(entry, count), value)
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as the pipeline knows it, without Rows."""
-    if isinstance(value, Rows):
-        return value.value
-    return map_entries(_plain, value) if isinstance(value, (dict, list, tuple)) else value
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A tensor that is not there; slicing it slices its items."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __getitem__(self, part: slice) -> _Shape:
-        return _Shape((len(range(self.shape[0])[part]), *self.shape[1:]), self.dtype)
-
-    def joined(self, other: _Shape) -> _Shape:
-        return _Shape((self.shape[0] + other.shape[0], *self.shape[1:]), self.dtype)
-
-
-def _stand_ins(value: Any, device: str) -> Any:
-    """Tensors that weigh nothing: a scalar seen as the whole by zero strides."""
-    import torch
-
-    def stand_in(leaf: Any) -> Any:
-        if not isinstance(leaf, _Shape):
-            return leaf
-        return torch.zeros((), dtype=getattr(torch, leaf.dtype), device=device).expand(leaf.shape)
-
-    return _map_leaves(stand_in, value)
+    saved = phantom.state_dict()
+    wanted = {name: buffer for name, buffer in phantom.named_buffers() if name in saved and buffer.numel() <= 1 << 20}
+    for path in sorted(home.glob("*.safetensors")) if wanted else ():
+        with safe_open(path, framework="pt") as file:
+            for name in wanted.keys() & set(file.keys()):
+                owner, _, attribute = name.rpartition(".")
+                value = file.get_tensor(name)
+                value = value.to(phantom.device, phantom.dtype if value.is_floating_point() else value.dtype)
+                phantom.get_submodule(owner)._buffers[attribute] = value

@@ -12,6 +12,7 @@ from typing import Any
 from dfdask.errors import ModelError
 from dfdask.spec import FakeStages, JobSpec
 from dfdask.speed import Speed
+from dfdask.stages.adapters import AdapterRef, SchedulerRef, adapter_ref
 
 WHOLE = "generate"  # the only stage of a pipeline that has no cut points
 _SAMPLED_BYTES = 1 << 16
@@ -31,6 +32,8 @@ class ModelRef:
     strict: bool
     revision: str | None = None
     fake: FakeStages | None = None
+    adapters: tuple[AdapterRef, ...] = ()
+    scheduler: SchedulerRef | None = None
     speed: Speed = Speed()
 
 
@@ -56,7 +59,20 @@ def model_ref(spec: JobSpec) -> ModelRef:
         source = str(Path(source).resolve())
     folder = locate(source, spec.revision)
     check_parts(folder)
-    return ModelRef(source, digest(folder), spec.dtype, spec.device, spec.strict, spec.revision, speed=spec.speed)
+    return ModelRef(
+        source=source,
+        digest=digest(folder),
+        dtype=spec.dtype,
+        device=spec.device,
+        strict=spec.strict,
+        revision=spec.revision,
+        adapters=tuple(
+            adapter_ref(str(spec.base_file(entry.path)), entry.weight_name, entry.revision, entry.scale)
+            for entry in spec.adapters
+        ),
+        speed=spec.speed,
+        scheduler=SchedulerRef(spec.scheduler.kind, spec.scheduler.options) if spec.scheduler else None,
+    )
 
 
 def with_defaults(spec: JobSpec) -> JobSpec:

@@ -94,6 +94,11 @@ class HeldStage:
         self._most: dict[str, int] = {}
         self._tiled = False
 
+    @property
+    def passes_pictures(self) -> bool:
+        """Whether later stages need the items' pictures."""
+        return bool(getattr(self.stage, "passes_pictures", True))
+
     def prepare(self, items: Sequence[Item] = ()) -> None:
         """Bring the weights to where they are needed, for these items or any. Raises OutOfMemoryError."""
         began = time.perf_counter()

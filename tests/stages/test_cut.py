@@ -22,7 +22,8 @@ import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.errors import ModelError
 from dfdask.items import Item
 from dfdask.stages.batch import Batch, nbytes, run_batch
-from dfdask.stages.cut import Phantom, PipelineStage, open_pipeline, stage_names, to_pixels
+from dfdask.stages.call import to_pixels
+from dfdask.stages.cut import Phantom, PipelineStage, open_pipeline, stage_names
 from dfdask.stages.model import ModelRef, digest
 
 FAMILIES = tuple(ARGUMENTS)

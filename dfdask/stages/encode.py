@@ -1,0 +1,138 @@
+"""Encode once: items that say the same share their embeddings, within a call and from call to call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dfdask.arguments import canonical_json
+from dfdask.batching import call_key
+from dfdask.images import Picture
+from dfdask.items import Item, pictures_in
+from dfdask.stages.batch import is_out_of_memory, nbytes
+from dfdask.stages.state import Indivisible, has_rows, joined, picked, shapes
+from dfdask.stages.tape import Pattern, Tape, scales
+
+CACHE_BYTES = 256 * 2**20
+
+Run = Callable[[Sequence[Item]], tuple[Tape, Any]]
+"""Encodes items: returns the tape, and the arguments of the denoiser's first call where it came to that."""
+
+
+class TakesNoLists(ValueError):
+    """The pipeline cannot take several items with pictures in one call."""
+
+
+class Encoder:
+    """Encodes items that share a call, each kind of input once as long as it is remembered.
+
+    In ``strict`` mode only whole calls are remembered: an embedding differs by rounding (some 1e-7 of its size) with
+    the number of texts that it is computed with.
+    """
+
+    def __init__(self, run: Run, strict: bool, cache_bytes: int = CACHE_BYTES) -> None:
+        self._run = run
+        self._strict = strict
+        self._patterns: dict[str, Pattern | None] = {}
+        self._cache = _Cache(cache_bytes)
+        self.computed_items = 0
+        self.reused_items = 0
+
+    def encode(self, items: Sequence[Item]) -> Tape:
+        """What stages after this one replay, divided by item where that is possible. Raises TakesNoLists."""
+        pattern = self._pattern(items) if len(items) > 1 else self._patterns.get(call_key(items[0]))
+        keys = [_key(item) for item in items]
+        if self._strict or len(items) == 1 or pattern is None:
+            return self._together(items, " ".join(keys), pattern)
+        places = {key: keys.index(key) for key in dict.fromkeys(keys)}  # of the first item of each kind
+        missing = [key for key in places if not has_rows(self._cache.get(key))]
+        while True:
+            if missing:
+                tape = self._marked([items[places[key]] for key in missing], pattern)
+                for place, key in enumerate(missing):
+                    self._cache.put(key, picked(tape, [place]))
+                if len(missing) == len(places):
+                    self.reused_items += len(items) - len(missing)
+                    order = {key: place for place, key in enumerate(missing)}
+                    return tape if len(missing) == len(items) else picked(tape, [order[key] for key in keys])
+            try:
+                found = joined([self._cache.get(key) for key in keys])
+            except (Indivisible, AttributeError):  # encoded to other lengths, or pushed out of the cache already
+                missing = list(places)
+                continue
+            self.reused_items += len(items) - len(missing)
+            return dict(found)
+
+    def _together(self, items: Sequence[Item], key: str, pattern: Pattern | None) -> Tape:
+        tape = self._cache.get(key)
+        if tape is not None:
+            self.reused_items += len(items)
+            return dict(tape)
+        tape = self._marked(items, pattern)
+        self._cache.put(key, tape)
+        return tape
+
+    def _marked(self, items: Sequence[Item], pattern: Pattern | None) -> Tape:
+        tape, _ = self._run(items)
+        self.computed_items += len(items)
+        return pattern.mark(tape, len(items)) if pattern is not None else tape
+
+    def _pattern(self, items: Sequence[Item]) -> Pattern | None:
+        """How the tape of this kind of call is divided by item; None where it is not. Raises TakesNoLists."""
+        kind = call_key(items[0])
+        first = items[0]
+        pictured = any(isinstance(value, Picture) for value in first.arguments.values())
+        if kind not in self._patterns:
+            self._patterns[kind] = self._learn(first, _with_pictures_of(first, items[1]), pictured)
+        if pictured and self._patterns[kind] is None:
+            raise TakesNoLists("it takes one item with pictures at a time")
+        return self._patterns[kind]
+
+    def _learn(self, first: Item, second: Item, pictured: bool) -> Pattern | None:
+        one, one_call = self._run([first])
+        try:
+            two, two_call = self._run([first, second])
+            if pictured and not scales(shapes(one_call), shapes(two_call)):
+                return None
+            return Pattern.learn(one, two)
+        except Indivisible:
+            return None
+        except Exception as error:
+            if not pictured or is_out_of_memory(error):
+                raise
+            return None
+
+
+class _Cache:
+    """The states used last, up to so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._states: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: str) -> Any:
+        if key not in self._states:
+            return None
+        self._states.move_to_end(key)
+        return self._states[key][0]
+
+    def put(self, key: str, state: Any) -> None:
+        size = nbytes(state)
+        self._bytes += size - (self._states.pop(key)[1] if key in self._states else 0)
+        self._states[key] = state, size
+        while self._bytes > self._most_bytes:
+            self._bytes -= self._states.popitem(last=False)[1][1]
+
+
+def _key(item: Item) -> str:
+    """Of all that an item is encoded from: everything but its seed."""
+    return hashlib.sha256(canonical_json([item.prompt, dict(item.arguments)]).encode()).hexdigest()
+
+
+def _with_pictures_of(item: Item, other: Item) -> Item:
+    pictures = {name: value for name, value in other.arguments.items() if pictures_in(value)}
+    return replace(item, arguments={**item.arguments, **pictures}) if pictures else item
