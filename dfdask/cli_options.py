@@ -39,7 +39,7 @@ def read_bytes(text: str | None) -> int | None:
     from dask.utils import parse_bytes
 
     try:
-        size = int(parse_bytes(text))
+        size = int(parse_bytes(text)) if text.strip() else 0
     except ValueError:
         size = 0
     if size < 1:

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import dfdask
 from dfdask import cli, errors
 
-COMMANDS = ["explain", "export", "plan", "report", "run", "scheduler", "show", "status", "worker"]
+COMMANDS = ["explain", "export", "inspect", "plan", "report", "run", "scheduler", "show", "status", "worker"]
 
 
 @pytest.fixture(autouse=True)
@@ -152,11 +152,6 @@ def test_run_explains_a_bad_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", ["", "a,", "a,,b", "a, a"])
 def test_worker_stages_must_be_names(stages: str) -> None:
     assert "--stages" in failed(dfdask_("worker", "tcp://127.0.0.1:1", "--stages", stages), 2)
-
-
-@pytest.mark.parametrize(("text", "names"), [(None, None), ("a", ["a"]), (" a , b", ["a", "b"])])
-def test_worker_stages(text: str | None, names: list[str] | None) -> None:
-    assert cli._stage_names(text) == names
 
 
 def test_overrides_replace_keys_of_the_job(tmp_path: Path) -> None:
