@@ -195,10 +195,10 @@ async def test_a_worker_without_a_role_runs_every_stage(
     async with watched(scheduler):
         found = await client.gather([chain(client, number, 0.002) for number in range(20)])
     assert {route[0] for route in found} == {route[2] for route in found} == {free.address}
-    held = [put(client, "denoise", number, "stop", function=hold) for number in range(3)]
+    held = [put(client, "denoise", number, "third", function=hold) for number in range(3)]
     await until(lambda: len(gate_of(scheduler)._placed) == 3)
     assert [len(gate_of(scheduler).dispatcher.held(worker.address)) for worker in (free, bound)] in ([1, 2], [2, 1])
-    held_back["stop"].set()
+    held_back["third"].set()
     await client.gather(held)
 
 
