@@ -108,10 +108,10 @@ def place(works: Sequence[StageWork], devices: Sequence[Device], margin: float =
     if not any(fleet.fastest.values()):
         return Placement({device.name: () for device in devices}, "none", {}, {}, impossible, 0.0, 0.0)
     policy, best = "as it is", stay
-    candidates: dict[str, Callable[[], _Sets | None]] = {
+    candidates: dict[str, Callable[[], _Sets | None]] = {  # of equals the first, which moves least later on
+        "whole models": fleet.whole_models,
         "shared": fleet.shared,
         "whole workers": fleet.whole_workers,
-        "whole models": fleet.whole_models,
     }
     for name, propose in candidates.items():
         if fleet.bound.score <= best.score * (1 + margin if policy == "as it is" else 1):
