@@ -15,7 +15,7 @@ from dfdask.dispatch import Dispatcher, Kind
 from dfdask.ledger import Ledger
 
 STOCK_BATCHES_PER_WORKER = 8
-WINDOW_BATCHES_PER_WORKER = 6  # three times the two that the gate assigns
+WINDOW_BATCHES_PER_WORKER = 10  # shards end late: with 6, eight workers stood still for 0.3 s now and then
 MOST_WINDOW_BATCHES = 8192  # each is a few tasks of 5 kB in the scheduler
 UNKNOWN_ITEM_BYTES = 1 << 20
 HOST_BYTES = 2 << 30  # of a worker without a memory limit
