@@ -99,9 +99,9 @@ class Controller:
         return self._jobs
 
     @property
-    def takes_turns(self) -> bool:
-        """Whether a worker must change what it holds between its own stages."""
-        return any(seat.turns for seat in self._seats.values())
+    def works_ahead(self) -> bool:
+        """Whether workers must load something to follow the work: a large stock of results saves them changes."""
+        return any(seat.turns or self._would_load(name, seat) for name, seat in self._seats.items())
 
     def add_device(self, device: Device, only: frozenset[str] = frozenset()) -> None:
         """A worker came; it may run ``only`` those stages where there are any."""
@@ -201,6 +201,20 @@ class Controller:
         classes = Counter(device.device_class for device in self._devices.values()).most_common(1)
         return self.seconds_per_item(kind, classes[0][0] if classes else "") / self._jobs[kind[0]].weight
 
+    def _would_load(self, name: str, seat: Seat) -> bool:
+        """Whether a worker with this seat may run stages that it cannot keep beside its own."""
+        kind, here = self._kinds[name], {*(seat.own or ()), *seat.helps}
+        return any(
+            (job.name, stage.name) not in here and not kind.only and self._load_seconds(job, stage, kind) > 0
+            for job in self._jobs.values()
+            for stage in job.stages
+            if self._left[job.name, stage.name]
+        )
+
+    def _load_seconds(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> float:
+        usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
+        return self._loads.get((job.model, stage.name, kind.device_class), usual)
+
     def _judge_speeds(self) -> None:
         for name, kind in self._kinds.items():
             level = self._stragglers.level(name)
@@ -214,8 +228,7 @@ class Controller:
         if kind.only and stage.name not in kind.only:
             return ()
         seconds = self.seconds_per_item((job.name, stage.name), kind.device_class) * math.exp(kind.level * STEP)
-        usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
-        load = self._loads.get((job.model, stage.name, kind.device_class), usual)
+        load = self._load_seconds(job, stage, kind)
         return [Option(seconds, job.batch, stage.weights, stage.working_bytes, load)]
 
     def _seat(self, name: str, placement: Placement) -> Seat:

@@ -1,7 +1,7 @@
 """Backpressure: how many results of a stage may wait for the next one, by their bytes, and how far ahead to submit.
 
-A fleet whose workers hold all their stages needs a few results in stock and no more. One that takes turns gains by
-working far ahead, as far as host memory allows. Pure.
+A fleet whose workers hold all their stages needs a few results in stock and no more. One that must load
+weights to follow the work gains by working far ahead, as far as host memory allows. Pure.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Flow:
         workers = max(len(self._ledger.workers), 1)
         handoffs = sum(max(len(job.stages) - 1, 0) for job in self._controller.jobs.values())
         room = self._room_bytes() / max(handoffs, 1)
+        works_ahead = self._controller.works_ahead
         for run, job in self._controller.jobs.items():
             usual = STOCK_BATCHES_PER_WORKER * workers * job.batch
             for stage, following in itertools.pairwise(job.stages):
@@ -64,14 +65,14 @@ class Flow:
                 each = self._ledger.jobs[run].stage(stage.name).bytes_per_item or UNKNOWN_ITEM_BYTES
                 ahead = max(room // max(each, 1.0), 1.0)
                 self._controller.set_ahead(kind, ahead)
-                limit = ahead if self._controller.takes_turns else min(ahead, usual)
+                limit = ahead if works_ahead else min(ahead, usual)
                 self._dispatcher.follow(kind, (run, following.name), limit)
 
     def window(self, run: str) -> int:
         """Micro-batches that the client of ``run`` should have submitted and not yet seen committed."""
         job = self._controller.jobs.get(run)
         usual = WINDOW_BATCHES_PER_WORKER * max(len(self._ledger.workers), 1)
-        if job is None or not self._controller.takes_turns:
+        if job is None or not self._controller.works_ahead:
             return usual
         ahead = min((self._dispatcher.limit_items((run, stage.name)) for stage in job.stages[:-1]), default=0)
         batches = min(ahead if math.isfinite(ahead) else MOST_WINDOW_BATCHES * job.batch, max(job.items, 1)) / job.batch

@@ -120,9 +120,12 @@ class Run:
         if phase == "running" and self._pausing.is_set():
             phase = "paused"
         rate = eta = None
-        if self._computed_items and now > self._began:
-            rate = self._computed_items / (now - self._began)
-            eta = (layout.items - self._committed) / rate
+        # Shards are committed in lumps: how fast it goes is seen by what is through the last stage.
+        todo = layout.items - self._resumed
+        made = min(max(self._computed_items, self._stages[-1].done if self._stages else 0), todo)
+        if made and now > self._began:
+            rate = made / (now - self._began)
+            eta = (todo - made) / rate
         return Progress(
             run=self.name,
             output=str(self.location),

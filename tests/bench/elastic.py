@@ -2,13 +2,16 @@
 
 python tests/bench/elastic.py [--cases steady,shift,...] [--repeats 3] [--items 600] [--json FILE]
 
-Rates count all items over the seconds from the first task's begin to the last task's end. The machine should be quiet:
-eight workers sleep most of the time, and the scheduler needs a core of its own when batches are short.
+The share is of the ideal seconds for all items, by the seconds from the first task's begin to the last task's end;
+``after the first`` leaves out the time until the first item was through. The gap is that between a worker's task and
+its next. The machine should be quiet: eight workers sleep most of the time, and the scheduler needs a core of its own
+when batches are short.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -68,6 +71,10 @@ def cases(items: int) -> dict[str, Case]:
         "one worker": Case(
             fleet(1, 1), fake(FIRST, load_seconds=2.0), items // 10 * 0.6 + 3 * 2.0, 1 / 1.05, items // 10, 1, 12
         ),
+        # Every result is made on one worker and used on another; the share shows what waiting for them costs.
+        "handoffs of 16 MB": Case(
+            fleet(8, 1), fake(FIRST, handoff_bytes=16_000_000), items // 2 * sum(FIRST.values()) / 8, 0.90, items // 2
+        ),
         "mixed fleet": Case(uneven, fake(FIRST, speeds=speeds), mixed / (2 / 0.5 + 6), 0.92, items),
     }
 
@@ -75,7 +82,9 @@ def cases(items: int) -> dict[str, Case]:
 @dataclass
 class Outcome:
     share: float
+    after_first: float
     seconds: float
+    gap_ms: float
     moves: int
     error: float
     gate_ms_per_task: float
@@ -105,6 +114,16 @@ def run_case(case: Case) -> Outcome:
     first = min(event["start"] - event["load_seconds"] for event in done)
     seconds = max(event["start"] + event["seconds"] for event in done) - first
     busy = sum(event["seconds"] + event["load_seconds"] for event in done)
+    through = sorted(event["start"] + event["seconds"] for event in done if event["stage"] == list(FIRST)[-1])
+    items = sum(event["items"] for event in done if event["stage"] == list(FIRST)[-1])
+    by_worker: dict[str, list[dict[str, Any]]] = {}
+    for event in sorted(done, key=lambda event: event["start"]):
+        by_worker.setdefault(event["worker"], []).append(event)
+    gaps = [
+        after["start"] - after["load_seconds"] - before["start"] - before["seconds"]
+        for events in by_worker.values()
+        for before, after in itertools.pairwise(events)
+    ]
     missed = [
         abs(event["predicted_seconds"] / event["seconds"] - 1)
         for event in done[len(done) // 10 :]
@@ -112,7 +131,9 @@ def run_case(case: Case) -> Outcome:
     ]
     return Outcome(
         share=case.ideal_seconds / seconds,
+        after_first=(items - case.batch) / items * case.ideal_seconds / (through[-1] - through[0]),
         seconds=seconds,
+        gap_ms=1000 * statistics.median(gaps),
         moves=sum(event["event"] == "RolesChanged" and bool(event["before"]) for event in events),
         error=statistics.median(missed),
         gate_ms_per_task=1000 * gate / len(done),
@@ -140,12 +161,16 @@ def main() -> None:
         best = statistics.median(outcome.share for outcome in outcomes)
         table[name] = [outcome.__dict__ for outcome in outcomes]
         shares = ", ".join(f"{outcome.share:.3f}" for outcome in outcomes)
+        after = statistics.median(outcome.after_first for outcome in outcomes)
+        gap = statistics.median(outcome.gap_ms for outcome in outcomes)
         moves = statistics.median(outcome.moves for outcome in outcomes)
         gate = statistics.median(outcome.gate_ms_per_task for outcome in outcomes)
         error = statistics.median(outcome.error for outcome in outcomes)
         print(
-            f"{name:24} median {best:.3f} of the ideal (aim {known[name].aim:.3f}; {shares}), {moves:.0f} moves, "
-            f"idle {outcomes[0].idle['idle']:.3f}, gate {gate:.2f} ms a task, predictions off by {error:.1%}",
+            f"{name:24} median {best:.3f} of the ideal (aim {known[name].aim:.3f}; {shares}), "
+            f"after the first {after:.3f}, {moves:.0f} moves, "
+            f"idle {outcomes[0].idle['idle']:.3f}, gap {gap:.1f} ms, gate {gate:.2f} ms a task, "
+            f"predictions off by {error:.1%}",
             flush=True,
         )
     if options.json:
