@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
 import weakref
 from collections import deque
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 1.0
-MOST_OF_CPU = 0.01  # looks become rarer rather than take a larger share of the scheduler's time
+MOST_OF_CPU = 0.008  # looks become rarer rather than take a larger share; what Bokeh sends comes on top, a third
 SLOWEST_SECONDS = 10.0
 PATIENCE = 5  # looks, or updates of a page, that may fail in a row: Bokeh trips over a pandas that is being imported
 
@@ -116,5 +117,5 @@ class Sampler:
         # because something was imported or collected.
         self._costs.append(self.spent.seconds - self._spent_before)
         self._spent_before = self.spent.seconds
-        pause = min(max(EVERY_SECONDS, min(self._costs) / MOST_OF_CPU), SLOWEST_SECONDS)
+        pause = min(max(EVERY_SECONDS, statistics.median(self._costs) / MOST_OF_CPU), SLOWEST_SECONDS)
         self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
