@@ -40,6 +40,12 @@ class View:
         document.template = _template()
         document.template_variables.update(extra)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the browser may still be there: Bokeh ends the session of one that has been gone for a while."""
+        document = self._document()
+        return document is not None and document.session_context is not None
+
     def show(self, history: History, texts: Mapping[str, str]) -> None:
         """Change the document; its lock must be held."""
         for name, text in texts.items():

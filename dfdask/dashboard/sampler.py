@@ -70,11 +70,9 @@ class Sampler:
             view.show(self.history, render(self.history, self._palette))
         self._spent_before += self.spent.seconds - before  # to open a page says nothing about what looks cost
         self._views.add(view)
-
-        def destroyed(context: Any) -> None:
-            self._views.discard(view)  # also what keeps the view alive until then
-
-        document.on_session_destroyed(destroyed)
+        # The document keeps the view alive. A callback for the session's end would make Bokeh collect all garbage of
+        # the scheduler's process once more than it does anyway.
+        document.dfdask_view = view  # type: ignore[attr-defined]
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(EVERY_SECONDS, self._tick)
 
@@ -95,7 +93,9 @@ class Sampler:
 
         self._timer = None
         for view in list(self._views):
-            if view.failures >= PATIENCE:
+            if not view.is_open:
+                self._views.discard(view)
+            elif view.failures >= PATIENCE:
                 logger.warning("dfdask: a dashboard page is no longer updated", exc_info=view.problem)
                 self._views.discard(view)
         if not self._views:
