@@ -235,7 +235,7 @@ class CostModel:
                 key = str(entry["model"]), str(entry["stage"]), str(entry["device_class"])
                 count, error = int(entry["count"]), entry["error"]
                 error = math.nan if error is None else float(error)
-            except (KeyError, TypeError, ValueError) as problem:
+            except (KeyError, TypeError, ValueError, OverflowError) as problem:
                 raise ValueError(f"not a saved cost: {entry!r} ({problem})") from problem
             numbers = [*mean.flat, *precision.flat, *prior.flat]
             if (mean.shape, precision.shape, prior.shape) != ((4,), (4, 4), (4, 4)) or not np.isfinite(numbers).all():

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dfdask.cost import CostModel
+
 _logger = logging.getLogger("dfdask")
 
 
@@ -25,8 +27,11 @@ def load_costs() -> list[dict[str, Any]]:
     """What `CostModel.to_json` gave, or nothing."""
     path = cache_folder() / "costs.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, list) else []
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise ValueError("not a list")
+        CostModel().learn(found)
+        return found
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -38,11 +43,17 @@ def save_costs(costs: list[dict[str, Any]]) -> None:
     """Replace the file at once: a reader sees the old one or the new one."""
     folder = cache_folder()
     try:
+        text = json.dumps(costs, allow_nan=False)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", dir=folder, prefix="costs-", suffix=".tmp", delete=False, encoding="utf-8"
         ) as file:
-            json.dump(costs, file, allow_nan=False)
-        os.replace(file.name, folder / "costs.json")
-    except OSError as error:
+            try:
+                file.write(text)
+                file.flush()
+                os.replace(file.name, folder / "costs.json")
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except (OSError, ValueError) as error:
         _logger.warning("costs are not kept for later runs: %s", error)

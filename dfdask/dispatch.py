@@ -148,11 +148,10 @@ class Dispatcher:
 
     def forget(self, job: str) -> None:
         """A job ended: nothing of it is ready or running any more."""
-        for table in (self._ready, self._ready_items, self._running_items, self._stock, self._next, self._limits):
+        counts: list[dict[Kind, Any]] = [self._ready, self._ready_items, self._running_items, self._stock]
+        for table in (*counts, self._next, self._before, self._limits, self._item_cost):
             for kind in [kind for kind in table if kind[0] == job]:
                 del table[kind]
-        for kind in [kind for kind in self._item_cost if kind[0] == job]:
-            del self._item_cost[kind]
         self._served.pop(job, None)
 
     def done(self, key: Hashable, finished: bool) -> None:
@@ -184,7 +183,8 @@ class Dispatcher:
 
     def has_work(self, job: str) -> bool:
         """Whether anything of ``job`` is ready or assigned."""
-        return any(self._ready_items[kind] or self._running_items[kind] for kind in self._kinds(job))
+        ready = [kind for kind in self._ready_items if kind[0] == job]
+        return any(self._ready_items[kind] or self._running_items[kind] for kind in ready)
 
     def allowed_items(self, kind: Kind) -> float:
         """How many items may start now without too many results waiting."""
@@ -203,6 +203,7 @@ class Dispatcher:
         their own stages before they help with others; the least loaded come first, and among them the ones that
         hold most of the inputs.
         """
+        self._let_go()
         found = self._round(holders, own=True)
         while self._change_turns() or self._feed():
             found += self._round(holders, own=True)
@@ -251,34 +252,37 @@ class Dispatcher:
     def _emptied_for(self, key: Hashable, able: Iterable[_Ability]) -> str | None:
         """The worker kept for ``key`` once it has nothing else to do; one is chosen where there is none."""
         worker = next((name for name, kept in self._kept_for.items() if kept == key), None)
-        if worker is None:
-            worker = self._least_loaded(able, {})
-            if worker is None:
-                return None
-            self._unshelve(worker)
-            self._kept_for[worker] = key
-            self._shelve(worker)
-        return None if self._held[worker] else worker
+        if worker is None and (worker := self._least_loaded(able, {})) is not None:
+            self._keep(worker, key)
+        return None if worker is None or self._held[worker] else worker
+
+    def _let_go(self) -> None:
+        """Keep no worker for a task that is not the next of its kind, may not start, or not there."""
+        for worker, key in [entry for entry in self._kept_for.items() if entry[1] in self._queued]:
+            kind, items = self._queued[key]
+            ability, first = self._ability(worker), self._peek(self._ready[kind])
+            able = ability.owns(kind) or kind in ability.helps
+            if not (able and first == key and self._may_start(kind, items)):
+                self._keep(worker, None)
 
     def _not_alone(self, key: Hashable) -> None:
         self._alone.discard(key)
         for worker in [name for name, kept in self._kept_for.items() if kept == key]:
-            self._unshelve(worker)
-            del self._kept_for[worker]
-            self._shelve(worker)
+            self._keep(worker, None)
+
+    def _keep(self, worker: str, key: Hashable | None) -> None:
+        self._unshelve(worker)
+        self._kept_for.pop(worker, None)
+        if key is not None:
+            self._kept_for[worker] = key
+        self._shelve(worker)
 
     def _catch_up(self, job: str) -> None:
         """A job that had nothing to do has saved up no claim on the time of the others."""
         if not self.has_work(job):
-            others = [
-                self._served.get(kind[0], 0.0)
-                for kind in self._ready_items
-                if kind[0] != job and (self._ready_items[kind] or self._running_items[kind])
-            ]
-            self._served[job] = max(self._served.get(job, 0.0), min(others, default=0.0))
-
-    def _kinds(self, job: str) -> list[Kind]:
-        return [kind for kind in self._ready_items if kind[0] == job]
+            busy = {kind[0] for kind, items in self._ready_items.items() if items or self._running_items[kind]}
+            others = min((self._served.get(name, 0.0) for name in busy), default=0.0)
+            self._served[job] = max(self._served.get(job, 0.0), others)
 
     def _may_start(self, kind: Kind, items: int) -> bool:
         # The first batch always may, or a batch larger than the limit would never run.
@@ -293,12 +297,8 @@ class Dispatcher:
         for level in range(self.depth):
             shelves = [shelf for ability in able if (shelf := self._free[ability][level])]
             if shelves:
-                near = max(
-                    (name for name in holders if any(name in shelf for shelf in shelves)),
-                    key=holders.__getitem__,
-                    default=None,
-                )
-                return near if near is not None else next(iter(shelves[0]))
+                near = [name for name in holders if any(name in shelf for shelf in shelves)]
+                return max(near, key=holders.__getitem__) if near else next(iter(shelves[0]))
         return None
 
     def _place(self, key: Hashable, worker: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 
 from dfdask.controller import Controller
 from dfdask.dispatch import Dispatcher, Kind
-from dfdask.ledger import Ledger
+from dfdask.ledger import Ledger, StageAccount
 
 STOCK_BATCHES_PER_WORKER = 8
 WINDOW_BATCHES_PER_WORKER = 10  # shards end late: with 6, eight workers stood still for 0.3 s now and then
@@ -28,15 +28,15 @@ class Flow:
 
     def __init__(self, dispatcher: Dispatcher, controller: Controller, ledger: Ledger) -> None:
         self._dispatcher, self._controller, self._ledger = dispatcher, controller, ledger
-        self._waiting: dict[Hashable, tuple[Kind, int, int]] = {}
+        self._waiting: dict[Hashable, tuple[Kind, int, int, StageAccount | None]] = {}
 
     def made(self, key: Hashable, kind: Kind, items: int, nbytes: int) -> None:
         """A result is in memory."""
         self.used(key)
-        self._waiting[key] = kind, items, nbytes
         job = self._ledger.jobs.get(kind[0])
-        if job is not None:
-            account = job.stage(kind[1])
+        account = job.stage(kind[1]) if job is not None else None
+        self._waiting[key] = kind, items, nbytes, account
+        if account is not None:
             account.waiting_items += items
             account.waiting_bytes += nbytes
 
@@ -44,11 +44,9 @@ class Flow:
         """A result is not in memory any more: the next stage has done with it, or its worker is gone."""
         if key not in self._waiting:
             return
-        kind, items, nbytes = self._waiting.pop(key)
+        kind, items, nbytes, account = self._waiting.pop(key)
         self._dispatcher.used(kind, items)
-        job = self._ledger.jobs.get(kind[0])
-        if job is not None:
-            account = job.stage(kind[1])
+        if account is not None:  # the one it was added to: the run may have been announced again since
             account.waiting_items -= items
             account.waiting_bytes -= nbytes
 

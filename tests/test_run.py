@@ -27,6 +27,8 @@ from dfdask.run import Run, open_run, submit
 from dfdask.spec import JobSpec
 from dfdask.stages.fake import fake_pixels
 from dfdask.stages.model import model_ref
+from dfdask.store_events import read_events
+from dfdask.store_objects import Objects
 
 PROMPTS = ["a red Apple", "two dogs, 1 cat", "nothing but the sea"]
 Tiny = Callable[[str], Path]
@@ -256,3 +258,21 @@ def test_ctrl_c_while_the_cluster_starts_leaves_no_process(tmp_path: Path) -> No
     while any(one.is_running() for one in below):
         assert time.monotonic() < end, "processes outlived the command"
         time.sleep(0.05)
+
+
+def test_an_item_that_kills_its_workers_costs_one_row(tmp_path: Path) -> None:
+    spec = fake(tmp_path, items=16, fields={"kill": ["item-5"], "handoff_bytes": 5}, batch=4, shard=8, workers=3)
+    run = submit(spec).wait(60)
+    data = run.dataset().load()
+    good = [row for row in range(16) if row != 5]
+    assert data["status"].values[good].tolist() == [1] * 15 and set(data["error"].values[good]) == {""}
+    for row in good:
+        assert np.array_equal(data["image"].values[row], fake_pixels(int(data["seed"].values[row]), 8, 8))
+    (failure,) = run.failures()
+    assert (failure["item"], failure["id"]) == (5, "item-5")
+    assert failure["error"] == "denoise: given up: its worker died 3 times"
+    assert run.progress.phase == "finished" and run.progress.failed_items == 1
+    events = read_events(Objects(run.location))
+    (found,) = [event for event in events if event["event"] == "ItemQuarantined"]
+    assert (found["item"], found["stage"], found["kills"]) == (5, "denoise", 3)
+    assert sum(event["event"] == "WorkerLeft" for event in events) == 3, "one death for each kill"

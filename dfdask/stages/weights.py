@@ -45,7 +45,9 @@ def cost_key(spec: JobSpec, ref: ModelRef) -> str:
 
 
 def _parameters(folder: Path) -> int:
-    return sum(_numbers_in(path) for path in sorted(folder.glob("*.safetensors")))
+    paths = sorted(folder.glob("*.safetensors"))
+    usual = [path for path in paths if "." not in path.stem]  # a variant (model.fp16) beside them is not loaded
+    return sum(_numbers_in(path) for path in usual or paths)
 
 
 def _numbers_in(path: Path) -> int:
