@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfdask.controller import Controller, JobFacts, StageFacts
+from dfdask.controller import ANY_CLASS, Controller, JobFacts, StageFacts
 from dfdask.dispatch import Dispatcher, Kind
 from dfdask.flow import MOST_WINDOW_BATCHES, STOCK_BATCHES_PER_WORKER, WAITING_PART, WINDOW_BATCHES_PER_WORKER, Flow
 from dfdask.ledger import JobAccount, Ledger, WorkerAccount
@@ -31,8 +31,16 @@ class Cluster:
             self.ledger.workers[f"w{number}"] = WorkerAccount(f"w{number}", "cpu", memory, host_bytes, 0.0, 0.0)
             self.controller.add_device(Device(f"w{number}", "cpu", memory))
 
-    def add(self, run: str = "job", items: int = 10_000, batch: int = 4, stages: tuple[str, ...] = STAGES) -> None:
-        facts = tuple(StageFacts(stage, {f"{run}/{stage}": 10}) for stage in stages)
+    def add(
+        self,
+        run: str = "job",
+        items: int = 10_000,
+        batch: int = 4,
+        stages: tuple[str, ...] = STAGES,
+        load_seconds: float = 0.0,
+    ) -> None:
+        load = {ANY_CLASS: load_seconds}
+        facts = tuple(StageFacts(stage, {f"{run}/{stage}": 10}, load_seconds=load) for stage in stages)
         self.controller.add_job(JobFacts(run, "model", facts, items, batch))
         self.announce(run, items)
         self.controller.decide()
@@ -131,7 +139,7 @@ def test_what_waits_is_never_negative(steps: list[tuple[str, int, int]]) -> None
 def test_a_fleet_with_room_keeps_a_few_batches_in_stock() -> None:
     cluster = Cluster(workers=3)
     cluster.add(batch=4)
-    assert not cluster.controller.takes_turns
+    assert not cluster.controller.works_ahead
     assert cluster.limit(ENCODE) == cluster.limit(DENOISE) == STOCK_BATCHES_PER_WORKER * 3 * 4
     assert cluster.limit(("job", "decode")) == math.inf, "nobody waits for what is written"
 
@@ -150,8 +158,15 @@ def test_a_fleet_that_takes_turns_works_far_ahead() -> None:
     for one in (cluster, roomy):
         one.add()
         one.ledger.jobs["job"].stage("encode").bytes_per_item = 1000
-    assert cluster.controller.takes_turns
+    assert cluster.controller.works_ahead
     assert cluster.limit() == 2 * WAITING_PART * GB / 2 // 1000 > 1000 * roomy.limit()
+
+
+@pytest.mark.parametrize("load_seconds", [0.0, 2.0])
+def test_a_fleet_of_one_stage_each_works_ahead_where_a_change_costs_a_load(load_seconds: float) -> None:
+    cluster = Cluster(workers=3, roomy=False)
+    cluster.add(load_seconds=load_seconds)
+    assert cluster.controller.works_ahead == (load_seconds > 0)
 
 
 def test_jobs_divide_the_room() -> None:
