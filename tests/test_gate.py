@@ -19,6 +19,7 @@ from distributed.core import Status
 from tornado.ioloop import IOLoop
 
 from dfdask.cluster import SETTINGS
+from dfdask.flow import WINDOW_BATCHES_PER_WORKER
 from dfdask.gate import NAME, WRITE, Gate
 from dfdask.tags import stage_resource, task_key, worker_resources
 
@@ -388,7 +389,7 @@ async def test_progress_says_where_the_items_are(client: Client, scheduler: Sche
         "done": {"encode": 6, "decode": 0},
         "roles": {"decode": 2},
         "unserved": (),
-        "window": 18,
+        "window": 3 * WINDOW_BATCHES_PER_WORKER,
         "workers": 3,
     }
     other = await client.scheduler.dfdask_progress(run="no such run")
