@@ -28,7 +28,8 @@ def budgets(device: str) -> tuple[int, int]:
     import torch
 
     with suppress(AttributeError, RuntimeError):  # one address range that grows: no holes between large buffers
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        usual = torch.cuda.memory._set_allocator_settings
+        getattr(torch._C, "_accelerator_setAllocatorSettings", usual)("expandable_segments:True")
     free, total = torch.cuda.mem_get_info()
     if wanted is None:
         return max(free - RESERVE_BYTES, free // 2), host
