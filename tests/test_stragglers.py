@@ -50,6 +50,13 @@ def test_one_outlier_makes_no_straggler() -> None:
     assert stragglers.level("a") == 0
 
 
+def test_tasks_that_disagree_make_no_straggler() -> None:
+    stragglers = Stragglers()
+    for number in range(60):
+        feed(stragglers, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.5 if number % 3 else 2.0}, 1)
+        assert stragglers.level("d") == 0
+
+
 def test_a_change_of_all_costs_at_once_makes_no_straggler() -> None:
     stragglers = Stragglers()
     feed(stragglers, dict.fromkeys("abcd", 1.0), 20)
@@ -106,6 +113,13 @@ def test_the_factor_stays_within_its_bounds(observed: list[tuple[str, str, float
         stragglers.observe(pool, worker, seconds)
         assert LOWEST * 0.999 < stragglers.factor(worker) < HIGHEST * 1.001
     assert stragglers.factor("nobody") == 1.0
+
+
+@pytest.mark.parametrize(("slow", "factor"), [(1e4, HIGHEST), (1e-4, LOWEST)])
+def test_the_worst_is_told_as_the_bound(slow: float, factor: float) -> None:
+    stragglers = Stragglers()
+    feed(stragglers, {"a": 1.0, "b": 1.0, "c": 1.0, "d": slow}, 20)
+    assert stragglers.factor("d") == pytest.approx(factor)
 
 
 @given(st.floats(0.01, 100.0), st.floats(0.1, 10.0))
