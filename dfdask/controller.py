@@ -197,9 +197,19 @@ class Controller:
         return self.costs.predict(job.model, kind[1], device_class, TaskWork(job.batch)).seconds / job.batch
 
     def item_cost(self, kind: Kind) -> float:
-        """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share."""
+        """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share.
+
+        A stage that nobody has run yet counts like the mean of those that somebody has: a guess that is far off would
+        leave its job without its share until the next decision.
+        """
         classes = Counter(device.device_class for device in self._devices.values()).most_common(1)
-        return self.seconds_per_item(kind, classes[0][0] if classes else "") / self._jobs[kind[0]].weight
+        common = classes[0][0] if classes else ""
+        measured = [one for one in self._left if self.costs.count(self._jobs[one[0]].model, one[1], common)]
+        if kind in measured or not measured:
+            seconds = self.seconds_per_item(kind, common)
+        else:
+            seconds = sum(self.seconds_per_item(one, common) for one in measured) / len(measured)
+        return seconds / self._jobs[kind[0]].weight
 
     def _would_load(self, name: str, seat: Seat) -> bool:
         """Whether a worker with this seat may run stages that it cannot keep beside its own."""

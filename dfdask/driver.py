@@ -273,7 +273,7 @@ class _Graph:
             feed: Any = tuple(items[row - rows.start] for row in micro.items)
             for stage in work.stages:
                 key = task_key(stage, work.token, shard, micro.index, len(micro.items))
-                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed)
+                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed, work.store.location, shard)
                 feed = TaskRef(key)
             last.append(feed)
         key = task_key(WRITE, work.token, shard, 0, len(items))

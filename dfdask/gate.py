@@ -252,8 +252,9 @@ class Gate(SchedulerPlugin):
                 self.controller.at_least_left(kind, key[3])
                 self._reconsider(f"{stage} of {job.name} came back")
             suspicion = self.quarantine.suspicion(key, task.suspicious)
-            if suspicion.note is not None:
-                task.annotations = {**(task.annotations or {}), TELEMETRY: suspicion.note}
+            if suspicion.note is not None or key in self._counted:
+                note = {**(suspicion.note or {}), "again": True}
+                task.annotations = {**(task.annotations or {}), TELEMETRY: note}
             if suspicion.culprit is not None:
                 kills = self.quarantine.kills_to_blame
                 self.ledger.note(ItemQuarantined(time.time(), kind[0], suspicion.culprit, stage, kills))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,12 +72,20 @@ async def inspect_here(ref: ModelRef, samples: list[Item]) -> Inspected | Dfdask
     return await asyncio.to_thread(inspect)
 
 
-def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
-    """Run ``stage`` over a micro-batch; items enter at the first stage. See ``Batch.problem`` for what goes wrong."""
+def run_stage(
+    ref: ModelRef, stage: str, work: Batch | Sequence[Item], location: Location | None = None, shard: int = 0
+) -> Batch:
+    """Run ``stage`` over a micro-batch; items enter at the first stage. See ``Batch.problem`` for what goes wrong.
+
+    Where Dask asks for it once more, because a worker died, and ``shard`` is in the store at ``location`` by now,
+    nothing is computed.
+    """
     batch = work if isinstance(work, Batch) else Batch.start(work)
-    if batch.problem is not None:
+    if batch.problem is not None or batch.committed:
         return batch
     note = _note()
+    if note.get("again") and location is not None and _is_committed(location, shard):
+        return Batch((), committed=True)
     if note.get("give_up"):
         return Batch((), problem=ClusterError(f"{stage}: workers keep dying here; look at their logs"))
     if note.get("poison"):
@@ -107,6 +115,13 @@ def run_stage(ref: ModelRef, stage: str, work: Batch | Sequence[Item]) -> Batch:
         told["facts"] = facts()
     _tell(told)
     return result
+
+
+def _is_committed(location: Location, shard: int) -> bool:
+    try:
+        return RunStore.open(location).commit(shard) is not None
+    except StorageError:  # to be said when the shard is written
+        return False
 
 
 def _ready(ref: ModelRef, stage: str, hint: Hint) -> Stage:
@@ -148,6 +163,8 @@ def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Se
     secede()  # frees the compute thread
     try:
         store = RunStore.open(location)
+        if any(batch.committed for batch in batches) and (record := store.commit(shard)):
+            return _receipt(record)
         return _write(store, shard, run, batches)
     except StorageError as error:
         return {"shard": shard, "error": error}
@@ -181,6 +198,18 @@ def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[B
         "stale": commit.stale,
         "stage_seconds": seconds,
         "worker": str(get_worker().name),
+    }
+
+
+def _receipt(record: Mapping[str, Any]) -> dict[str, Any]:
+    """That of a shard which was committed before: who wrote it did not live to say so."""
+    return {
+        "shard": record["shard"],
+        "items": record["stop"] - record["start"],
+        "failed_items": record["failed"],
+        "stale": True,
+        "stage_seconds": record.get("stage_seconds", {}),
+        "worker": str(record.get("worker", "")),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client
@@ -18,6 +19,7 @@ from dfdask.stages.fake import fake_component
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
 from dfdask.targets import Location
+from dfdask.telemetry import TELEMETRY
 from dfdask.worker import _place, run_stage, write_shard
 
 FAKE = ModelRef("fake", "fake", "float32", "cpu", False, fake=FakeStages(height=6, width=5))
@@ -84,6 +86,27 @@ def test_a_shard_is_written_with_its_failures(client: Client, local: Location) -
     assert commit["stage_seconds"] == {"decode": 1.5} and commit["versions"] == {"x": "1"}
     again = call(client, write_shard, local, 1, {}, [batch_of([picture(1)] * 3)])
     assert again["stale"], "another writer was first"
+    assert (RunStore.open(local).dataset()["image"].values[3] == 7).all()
+
+
+def test_what_was_committed_before_its_worker_died_is_not_computed_again(client: Client, local: Location) -> None:
+    new_run(local)
+    pictures = batch_of([picture(7), ValueError("nan"), picture(9)], seconds={"decode": 1.5})
+    call(client, write_shard, local, 1, {}, [pictures])
+
+    def once_more(work: Any, shard: int) -> Batch:
+        with dask.annotate(**{TELEMETRY: {"again": True}}):
+            found: Batch = call(client, run_stage, FAKE, "encode", work, local, shard)
+        return found
+
+    assert not once_more(ITEMS, 0).committed, "another shard, which is not there yet"
+    assert not call(client, run_stage, FAKE, "encode", ITEMS, local, 1).committed, "nobody died: nobody looks"
+    skipped = once_more(ITEMS, 1)
+    assert skipped.committed and not skipped.groups and not skipped.seconds
+    later = call(client, run_stage, FAKE, "denoise", skipped, local, 1)
+    receipt = call(client, write_shard, local, 1, {}, [later, batch_of([picture(1)] * 3)])
+    assert receipt["stale"] and (receipt["items"], receipt["failed_items"]) == (3, 1)
+    assert receipt["stage_seconds"] == {"decode": 1.5}
     assert (RunStore.open(local).dataset()["image"].values[3] == 7).all()
 
 

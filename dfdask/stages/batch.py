@@ -47,13 +47,15 @@ class Batch:
     """A micro-batch between two stages. ``failures`` maps the row of a failed item to its error.
 
     ``problem`` is what kept a worker from its stage, through no fault of an item. It travels to the client as a
-    value: of what a task raises, Dask would log the traceback on every worker.
+    value: of what a task raises, Dask would log the traceback on every worker. ``committed``: there is nothing to do,
+    for the shard is in the store.
     """
 
     groups: tuple[Group, ...]
     failures: dict[int, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     problem: DfdaskError | None = None
+    committed: bool = False
 
     @classmethod
     def start(cls, items: Sequence[Item]) -> Batch:
