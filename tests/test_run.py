@@ -138,21 +138,21 @@ def test_an_item_that_fails_costs_one_row(client: Client, tmp_path: Path, stage:
 
 
 def test_a_job_that_is_stopped_goes_on_where_it_was(client: Client, tmp_path: Path) -> None:
-    spec = fake(tmp_path, items=40, fields={"stages": {"encode": 0.0, "denoise": 0.05, "decode": 0.0}})
+    spec = fake(tmp_path, items=120, fields={"stages": {"encode": 0.0, "denoise": 0.05, "decode": 0.0}})
     seen: list[int] = []
     run = submit(spec, client=client, on_commit=lambda event: seen.append(event.shard))
     until(lambda: seen, 20, "a commit")
     run.stop()
     run.wait(30)
-    assert run.progress.phase == "stopped" and 0 < run.progress.committed_shards < 20
+    assert run.progress.phase == "stopped" and 0 < run.progress.committed_shards < 60
     before = {int(commit["shard"]) for commit in run.store.commits()}
     assert before == set(seen)
     again: list[int] = []
     done = submit(spec, client=client, on_commit=lambda event: again.append(event.shard)).wait(30)
-    assert sorted([*seen, *again]) == list(range(20)) and done.progress.phase == "finished"
+    assert sorted([*seen, *again]) == list(range(60)) and done.progress.phase == "finished"
     assert done.progress.resumed_items == 2 * len(seen)
     third = submit(spec, client=client, on_commit=lambda event: again.append(event.shard)).wait(30)
-    assert third.progress.phase == "finished" and len(again) == 20 - len(seen)
+    assert third.progress.phase == "finished" and len(again) == 60 - len(seen)
     assert open_run(tmp_path / "run").progress.phase == "finished"
 
 
