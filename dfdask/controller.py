@@ -101,7 +101,8 @@ class Controller:
     @property
     def works_ahead(self) -> bool:
         """Whether workers must load something to follow the work: a large stock of results saves them changes."""
-        return any(seat.turns or self._would_load(name, seat) for name, seat in self._seats.items())
+        alike = {(self._kinds[name], seat) for name, seat in self._seats.items()}  # few, however large the fleet
+        return any(seat.turns or self._would_load(kind, seat) for kind, seat in alike)
 
     def add_device(self, device: Device, only: frozenset[str] = frozenset()) -> None:
         """A worker came; it may run ``only`` those stages where there are any."""
@@ -196,7 +197,7 @@ class Controller:
         job = self._jobs[kind[0]]
         return self.costs.predict(job.model, kind[1], device_class, TaskWork(job.batch)).seconds / job.batch
 
-    def item_cost(self, kind: Kind) -> float:
+    def item_costs(self) -> dict[Kind, float]:
         """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share.
 
         A stage that nobody has run yet counts like the mean of those that somebody has: a guess that is far off would
@@ -204,16 +205,16 @@ class Controller:
         """
         classes = Counter(device.device_class for device in self._devices.values()).most_common(1)
         common = classes[0][0] if classes else ""
-        measured = [one for one in self._left if self.costs.count(self._jobs[one[0]].model, one[1], common)]
-        if kind in measured or not measured:
-            seconds = self.seconds_per_item(kind, common)
-        else:
-            seconds = sum(self.seconds_per_item(one, common) for one in measured) / len(measured)
-        return seconds / self._jobs[kind[0]].weight
+        seconds = {kind: self.seconds_per_item(kind, common) for kind in self._left}
+        measured = [kind for kind in seconds if self.costs.count(self._jobs[kind[0]].model, kind[1], common)]
+        if measured:
+            usual = sum(seconds[kind] for kind in measured) / len(measured)
+            seconds.update(dict.fromkeys(seconds.keys() - set(measured), usual))
+        return {kind: each / self._jobs[kind[0]].weight for kind, each in seconds.items()}
 
-    def _would_load(self, name: str, seat: Seat) -> bool:
+    def _would_load(self, kind: _DeviceKind, seat: Seat) -> bool:
         """Whether a worker with this seat may run stages that it cannot keep beside its own."""
-        kind, here = self._kinds[name], {*(seat.own or ()), *seat.helps}
+        here = {*(seat.own or ()), *seat.helps}
         return any(
             (job.name, stage.name) not in here and not kind.only and self._load_seconds(job, stage, kind) > 0
             for job in self._jobs.values()

@@ -57,7 +57,8 @@ class Roles:
                 kind = run, stage.name
                 there = self._dispatcher.ready_items(kind) + self._dispatcher.running_items(kind)
                 self._controller.at_least_left(kind, there)
-                self._dispatcher.weigh(kind, self._controller.item_cost(kind))
+        for kind, cost in self._controller.item_costs().items():
+            self._dispatcher.weigh(kind, cost)
 
 
 def _own(shares: Mapping[Kind, float]) -> dict[str, float]:

@@ -286,8 +286,6 @@ def _prepare(
     canonical = {**spec.canonical(), "model_digest": ref.digest}
     if ref.adapters:
         canonical["adapter_digests"] = [adapter.digest for adapter in ref.adapters]
-    if ref.adapters:
-        canonical["adapter_digests"] = [adapter.digest for adapter in ref.adapters]
     identity = fingerprint(canonical, table.digest())
     location = resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
