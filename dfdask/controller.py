@@ -16,6 +16,8 @@ from dfdask.placement import MARGIN, Device, Option, Placement, StageWork, place
 from dfdask.stragglers import STEP, Stragglers
 
 ANY_CLASS = "*"
+TURN_LOADS = 100
+"""A worker that takes turns works so many times as long as its loads take: they cost it one per cent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Controller:
         self._seats: dict[str, Seat] = {}
         self._stragglers = Stragglers()
         self._loads: dict[tuple[str, str, str], float] = {}
+        self._working: dict[tuple[str, str, str], int] = {}
         self._ahead: dict[Kind, float] = {}
 
     def add_job(self, job: JobFacts) -> None:
@@ -147,6 +150,23 @@ class Controller:
             known = self._loads.get(key, load_seconds)
             self._loads[key] = known + 0.5 * (load_seconds - known)
         return predicted
+
+    def used_memory(self, kind: Kind, device: str, working_bytes: int) -> None:
+        """What a task took of its device's memory beside the weights."""
+        if kind in self._left and device in self._kinds and working_bytes > 0:
+            self._working[self._jobs[kind[0]].model, kind[1], self._kinds[device].device_class] = working_bytes
+
+    def turn_items(self, run: str) -> float:
+        """How many results in stock are worth it to workers that load stages in turn: more would only make results
+        late, and a loss of a worker dear.
+        """
+        job = self._jobs[run]
+        most = 0.0
+        for kind, number in Counter(self._kinds.values()).items():
+            loads = sum(self._load_seconds(job, stage, kind) for stage in job.stages)
+            each = sum(self.seconds_per_item((run, stage.name), kind.device_class) for stage in job.stages)
+            most += number * TURN_LOADS * loads / each
+        return most
 
     def left(self, kind: Kind) -> int:
         """Items that have not finished the stage."""
@@ -250,7 +270,10 @@ class Controller:
         for role in roles:
             if role.share > 0:
                 weights.update(role.option.weights)
-        working = max((role.option.working_bytes for role in roles if role.share > 0), default=0)
+        device_class = self._kinds[name].device_class
+        seen = (self._working.get((self._jobs[job].model, stage, device_class), 0) for job, stage in own)
+        planned = (role.option.working_bytes for role in roles if role.share > 0)
+        working = max((*seen, *planned), default=0)
         turns = sum(weights.values()) + working > self._devices[name].memory_bytes
         return Seat(own, helps, turns)
 

@@ -1,7 +1,7 @@
 """Backpressure: how many results of a stage may wait for the next one, by their bytes, and how far ahead to submit.
 
 A fleet whose workers hold all their stages needs a few results in stock and no more. One that must load
-weights to follow the work gains by working far ahead, as far as host memory allows. Pure.
+weights to follow the work gains by working far ahead, until loads are a small part of its time. Pure.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ class Flow:
         works_ahead = self._controller.works_ahead
         for run, job in self._controller.jobs.items():
             usual = STOCK_BATCHES_PER_WORKER * workers * job.batch
+            worth_it = max(usual, self._controller.turn_items(run))
             for stage, following in itertools.pairwise(job.stages):
                 kind = run, stage.name
                 each = self._ledger.jobs[run].stage(stage.name).bytes_per_item or UNKNOWN_ITEM_BYTES
                 ahead = max(room // max(each, 1.0), 1.0)
-                self._controller.set_ahead(kind, ahead)
-                limit = ahead if works_ahead else min(ahead, usual)
+                self._controller.set_ahead(kind, min(ahead, worth_it))
+                limit = min(ahead, worth_it if works_ahead else usual)
                 self._dispatcher.follow(kind, (run, following.name), limit)
 
     def window(self, run: str) -> int:

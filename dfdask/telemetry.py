@@ -43,6 +43,7 @@ class Telemetry:
             stage.done_items += items
         if "holds" in told:
             self._controller.holds(worker, frozenset(told["holds"]))
+        self._controller.used_memory(kind, worker, told.get("facts", {}).get("peak_bytes", 0))
         account = self._ledger.workers.get(worker)
         if account is not None:
             account.busy_seconds += seconds

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfdask.controller import ANY_CLASS, Controller, JobFacts, StageFacts
+from dfdask.controller import ANY_CLASS, TURN_LOADS, Controller, JobFacts, StageFacts
 from dfdask.dispatch import Dispatcher, Kind
 from dfdask.flow import MOST_WINDOW_BATCHES, STOCK_BATCHES_PER_WORKER, WAITING_PART, WINDOW_BATCHES_PER_WORKER, Flow
 from dfdask.ledger import JobAccount, Ledger, WorkerAccount
@@ -154,12 +154,32 @@ def test_heavy_results_lower_the_limit() -> None:
 
 
 def test_a_fleet_that_takes_turns_works_far_ahead() -> None:
-    cluster, roomy = Cluster(roomy=False), Cluster()
-    for one in (cluster, roomy):
-        one.add()
+    cluster, slower, roomy = Cluster(roomy=False), Cluster(roomy=False), Cluster()
+    for one, load_seconds in ((cluster, 30.0), (slower, 60.0), (roomy, 30.0)):
+        one.add(load_seconds=load_seconds)
         one.ledger.jobs["job"].stage("encode").bytes_per_item = 1000
     assert cluster.controller.works_ahead
-    assert cluster.limit() == 2 * WAITING_PART * GB / 2 // 1000 > 1000 * roomy.limit()
+    assert slower.limit() == pytest.approx(2 * cluster.limit()) and cluster.limit() > 10 * roomy.limit()
+
+
+def test_turns_are_no_longer_than_their_loads_are_worth() -> None:
+    quick, alike = Cluster(roomy=False), Cluster()
+    quick.add(load_seconds=0.01)
+    alike.add()
+    assert quick.limit() == alike.limit(), "hours of results in stock are late, and lost with their worker"
+    for stage in STAGES:
+        for _ in range(30):
+            quick.controller.finished(("job", stage), 4, "w0", 4.0)
+    quick.controller.add_job(replace(quick.controller.jobs["job"], batch=1))
+    loads_seconds, item_seconds, workers = 3 * 0.01, 3 * 1.0, 2
+    assert quick.controller.turn_items("job") == pytest.approx(workers * TURN_LOADS * loads_seconds / item_seconds, 0.5)
+
+
+def test_memory_limits_turns_too() -> None:
+    cluster = Cluster(roomy=False)
+    cluster.add(load_seconds=1e6)
+    cluster.ledger.jobs["job"].stage("encode").bytes_per_item = 1000
+    assert cluster.limit() == 2 * WAITING_PART * GB / 2 // 1000
 
 
 @pytest.mark.parametrize("load_seconds", [0.0, 2.0])
@@ -171,16 +191,16 @@ def test_a_fleet_of_one_stage_each_works_ahead_where_a_change_costs_a_load(load_
 
 def test_jobs_divide_the_room() -> None:
     cluster = Cluster(roomy=False)
-    cluster.add("job")
+    cluster.add("job", load_seconds=1e6)
     alone = cluster.limit()
-    cluster.add("other")
+    cluster.add("other", load_seconds=1e6)
     assert cluster.limit() == pytest.approx(alone / 2, abs=1)
 
 
 def test_a_worker_without_a_memory_limit_counts_as_an_ordinary_one() -> None:
     unlimited, ordinary = (Cluster(host_bytes=size, roomy=False) for size in (0, 2 * GB))
     for one in (unlimited, ordinary):
-        one.add()
+        one.add(load_seconds=1e6)
     assert unlimited.limit() == ordinary.limit() > 0
 
 
@@ -194,7 +214,7 @@ def test_the_window_keeps_every_worker_busy() -> None:
 
 def test_the_window_of_turns_reaches_as_far_as_results_may_wait() -> None:
     cluster = Cluster(roomy=False)
-    cluster.add(items=1200, batch=4)
+    cluster.add(items=1200, batch=4, load_seconds=1e6)
     for stage in STAGES:
         cluster.ledger.jobs["job"].stage(stage).bytes_per_item = 1000
     cluster.flow.set_limits()

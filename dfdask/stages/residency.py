@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dfdask.batching import call_key
 from dfdask.errors import ClusterError
 from dfdask.options import Hint, streamed_blocks, streamed_name
+from dfdask.profit import BatchSearch
 from dfdask.stages.batch import Stage
 from dfdask.stages.budget import MEMORY_BYTES, Measured, budgets
 from dfdask.stages.fake import FakeDevice, FakeStage
@@ -80,10 +81,13 @@ def resident_bytes() -> int:
 class HeldStage:
     """A stage with its weights; runs on the device, as its hint says."""
 
-    def __init__(self, residency: Residency, stage: Stage, weights: Sequence[Weights]) -> None:
+    def __init__(
+        self, residency: Residency, stage: Stage, weights: Sequence[Weights], is_compiled: bool = False
+    ) -> None:
         self.hint = Hint()
         self.stage = stage
         self.weights = tuple(weights)
+        self.is_compiled = is_compiled
         self.is_short = False
         self.switch_seconds = 0.0
         self.peak_bytes = 0
@@ -92,6 +96,7 @@ class HeldStage:
         self._residency = residency
         self._peaks: dict[str, dict[int, int]] = {}  # by kind of call and items: bytes that activations took
         self._most: dict[str, int] = {}
+        self._searches: dict[str, BatchSearch] = {}
         self._tiled = False
 
     @property
@@ -118,15 +123,20 @@ class HeldStage:
             with self._residency.measured() as peak:
                 result = self.stage.run(items, state)
             self.device_seconds, self.batch = peak.seconds, len(items)
+            kind = call_key(items[0])
+            self._searches.setdefault(kind, BatchSearch()).observe(len(items), peak.seconds)
             if peak.bytes:
                 self.peak_bytes = peak.bytes
-                self._peaks.setdefault(call_key(items[0]), {})[len(items)] = peak.bytes
+                self._peaks.setdefault(kind, {})[len(items)] = peak.bytes
             return result
 
     def most_items(self, items: Sequence[Item]) -> int:
-        """How many items of this kind may run at once."""
-        learnt = self._most.get(call_key(items[0]), len(items))
-        return max(min(learnt, self.hint.batch or len(items)), 1)
+        """How many items of this kind to run at once: what fits, and of that what is fastest."""
+        kind = call_key(items[0])
+        most = max(min(self._most.get(kind, len(items)), self.hint.batch or len(items)), 1)
+        search = self._searches.get(kind)
+        # Another size would be compiled again, which takes longer than it could save.
+        return search.next_items(most) if search and not self.is_compiled else most
 
     def ran_out(self, items: Sequence[Item]) -> bool:
         """These items were too much for the memory: whether the same again may fit now, or else fewer must be tried."""
@@ -245,6 +255,7 @@ class Residency:
         key = repr(ref), name
         with self.lock:
             if key not in self._held:
+                self.loads += 1
                 self._held[key] = self._load(ref, name)
                 self._forget_others(key)
             self._held.move_to_end(key)
@@ -319,8 +330,8 @@ class Residency:
         if not all(weights.on_device for weights in held.weights) or self.used_bytes() + room_bytes > self.device_bytes:
             return False
         now = sum(len(weights.streamed) for weights in held.weights)
-        # Moving blocks back is not free: only where it halves what is streamed.
-        return not now or sum(map(len, self._choose(held, room_bytes))) > now // 2
+        # Moving blocks back is not free: only where clearly less is streamed then.
+        return not now or sum(map(len, self._choose(held, room_bytes))) > now * 3 // 4
 
     def _choose(self, held: HeldStage, room_bytes: int) -> list[tuple[int, ...]]:
         """The blocks of each component to stream. Small components come first: they stay, the largest is streamed."""
@@ -351,7 +362,6 @@ class Residency:
             excess -= weights.free(excess)
 
     def _load(self, ref: ModelRef, name: str) -> HeldStage:
-        self.loads += 1
         import torch
 
         from dfdask.stages.component import Weights, is_plain, modules
@@ -365,7 +375,7 @@ class Residency:
                 found.append(Weights(f"{ref.digest[:12]}/{component}", module, device, self.unified))
             else:
                 module.to(device)  # quantised weights stay where they are put
-        return HeldStage(self, stage, found)
+        return HeldStage(self, stage, found, ref.speed.compile)
 
     def _forget_others(self, key: tuple[str, str]) -> None:
         """Keep to the host's budget: what was used longest ago must be read from disk when it is needed again."""

@@ -76,7 +76,6 @@ class Device(Residency):
         self._blocks = blocks
 
     def _load(self, ref: ModelRef, name: str) -> HeldStage:
-        self.loads += 1
         stage = Layers(self, self._blocks)
         return HeldStage(self, stage, [Weights(name, stage.module, CPU, unified=False)])
 
@@ -185,6 +184,50 @@ def test_the_hint_says_how_many_items_run_at_once() -> None:
     stage.calls.clear()
     run_batch("denoise", held, batch)
     assert stage.calls == [10], "what was parted comes together again"
+
+
+class Clock:
+    """Stands in for the device's own clock, which a CPU lacks."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds, self.seconds, self.bytes = seconds, 0.0, 0
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = self._seconds()
+
+
+@pytest.mark.parametrize(
+    ("item_seconds", "ends_at"),
+    [({8: 1.0, 4: 0.96, 2: 0.95, 1: 1.2}, 4), ({8: 1.0, 4: 1.1}, 8), ({8: 1.0, 4: 0.8, 2: 0.7, 1: 0.6}, 1)],
+)
+def test_the_batch_that_is_fastest_by_the_devices_clock_is_found(item_seconds: dict[int, float], ends_at: int) -> None:
+    device = Device(1 << 20)
+    held = device.get(REF, "a")
+    stage: Any = held.stage
+    measured: Any = lambda: Clock(lambda: item_seconds[stage.calls[-1]] * stage.calls[-1])  # noqa: E731
+    device.measured = measured  # type: ignore[method-assign]
+    expected = torch.ones(8, 16)
+    for block in stage.module["list"]:
+        expected = block(expected)
+    for _ in range(8):
+        assert torch.allclose(run(held, 8), expected), "in the items' order, whatever their batches"
+    stage.calls.clear()
+    run(held, 8)
+    assert set(stage.calls) == {ends_at}
+
+
+def test_what_is_compiled_for_a_batch_keeps_to_it() -> None:
+    device = Device(1 << 20)
+    held = device.get(REF, "a")
+    held.is_compiled = True
+    stage: Any = held.stage
+    device.measured = lambda: Clock(lambda: float(stage.calls[-1] ** 2))  # type: ignore[assignment, return-value]
+    for _ in range(4):
+        run(held, 8)
+    assert stage.calls == [8, 8, 8, 8]
 
 
 def test_the_host_forgets_what_was_used_longest_ago() -> None:
