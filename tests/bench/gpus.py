@@ -272,6 +272,9 @@ def job(
         rows = trace(client)
         fetched = [log[moved.get(worker, 0) :] for worker, log in client.run(transfers).items()]
         decisions = [event for event in run.store.events() if event["event"] == "RolesChanged"]
+        facts = figures(rows, options.gpus, stages)
+        if kill:  # not so many GPUs for all of the time
+            facts = {key: value for key, value in facts.items() if "bound" not in key}
         row(
             variant=name,
             rate=count / wall,
@@ -279,14 +282,17 @@ def job(
             committed=run.progress.committed_items,
             failed=run.progress.failed_items,
             wall_seconds=wall,
-            **figures(rows, options.gpus, stages),
+            **facts,
             handoff_bytes=sum(told["nbytes"] for told in rows if told["stage"] != "decode"),
             handoff_seconds=sum(told["transfer_seconds"] for told in rows),
+            # Between workers, what the writers of shards fetch included.
             fetched_bytes=sum(size for log in fetched for size, _ in log),
             fetches=sum(len(log) for log in fetched),
             fetch_seconds=sum(seconds for log in fetched for _, seconds in log),
-            retags=len(decisions),
-            forecast_seconds=decisions[0]["predicted_seconds"] if decisions else None,
+            first_roles=sum(not event["before"] for event in decisions),
+            retags=sum(bool(event["before"]) for event in decisions),
+            # By the last decision, from the job's start on.
+            forecast_seconds=decisions[-1]["when"] - began + decisions[-1]["predicted_seconds"] if decisions else None,
             gpu_busy_share=[one.figures().get("gpu_busy_share") for one in sampled],
             stages=stage_times(rows)["stages"],
         )
