@@ -174,7 +174,7 @@ def fleet(options: argparse.Namespace, stages: Sequence[str], cap: bool) -> Iter
     from distributed import Client
 
     home = Path(__file__).parents
-    host_bytes = int(min(90 * GIB, psutil.virtual_memory().total * 0.6 / options.gpus))
+    host_bytes = int(min(60 * GIB, psutil.virtual_memory().total * 0.6 / options.gpus))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         os.environ["DFDASK_CACHE"] = f"{name}/cache"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, home[:3]))}
