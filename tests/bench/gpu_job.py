@@ -14,12 +14,14 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +328,10 @@ def trace_plugin() -> Any:
                 told = (kwargs.get("metadata") or {}).get("dfdask")
                 if told and "seconds" in told:
                     stage = key[0].rpartition("-")[0]
-                    self.rows.append({"stage": stage, "items": key[3], **told, "key": list(key)})
+                    moves = [entry for entry in kwargs.get("startstops") or () if entry["action"] == "transfer"]
+                    place = {"worker": kwargs.get("worker"), "nbytes": kwargs.get("nbytes") or 0}
+                    place["transfer_seconds"] = sum(entry["stop"] - entry["start"] for entry in moves)
+                    self.rows.append({"stage": stage, "items": key[3], **told, **place, "key": list(key)})
 
     return Plugin()
 
@@ -432,7 +437,8 @@ def stage_times(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class Utilisation:
     """How much of the time a kernel ran, by the driver's own count, sampled ten times a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
+        self._device = device
         self._samples: list[int] = []
         self._used = 0
         self._stop = threading.Event()
@@ -444,7 +450,7 @@ class Utilisation:
             import pynvml
 
             pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            device = pynvml.nvmlDeviceGetHandleByIndex(self._device)
         except Exception:
             return
         while not self._stop.wait(0.1):
@@ -491,10 +497,13 @@ RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every variant in a process of its own, as far as the seconds go."""
+def run_all(
+    options: argparse.Namespace, least_seconds: Mapping[str, float] = VARIANTS, script: str = __file__
+) -> list[dict[str, Any]]:
+    """Every variant in a process of its own, as far as the seconds go; what it leaves behind is ended with it."""
     from gpu_models import save
 
+    prefix = "" if script == __file__ else f"{Path(script).stem}-"
     deadline = time.monotonic() + options.seconds
     rows: list[dict[str, Any]] = []
 
@@ -502,21 +511,22 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(values)
         print(format_row(values), flush=True)
         if options.out:
-            path = Path(options.out) / f"{options.model}.json"
+            path = Path(options.out) / f"{prefix}{options.model}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"options": {**vars(options)}, "machine": machine(), "rows": rows}, indent=1))
 
     began = time.perf_counter()
     if not (Path(options.folder) / "model_index.json").exists():
         save(options.model, Path(options.folder), options.tiny)
         keep(variant="write the model", seconds=time.perf_counter() - began)
-    for name in options.only.split(",") if options.only else VARIANTS:
+    for name in options.only.split(",") if options.only else least_seconds:
         left = deadline - time.monotonic()
-        if left < VARIANTS[name] and not options.tiny:
-            keep(variant=name, skipped=f"{left:.0f} s left")
+        if left < least_seconds[name] and not options.tiny:
+            keep(variant=name, skipped=f"{left:.0f} s left, {least_seconds[name]:.0f} s needed")
             continue
-        command = [sys.executable, "-u", __file__, *sys.argv[1:], "--variant", name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            timer = threading.Timer(max(left, 1), process.kill)
+        command = [sys.executable, "-u", script, *sys.argv[1:], "--variant", name]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+            timer = threading.Timer(max(left, 1), _end_session, [process.pid])
             timer.start()
             for line in process.stdout or ():
                 if line.startswith("ROW "):
@@ -524,9 +534,16 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
                 else:
                     print(line, end="", flush=True)
             timer.cancel()
+            process.wait()
+            _end_session(process.pid)
         if process.returncode:
             keep(variant=name, failed=f"exit {process.returncode}")
     return rows
+
+
+def _end_session(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def machine() -> dict[str, Any]:
