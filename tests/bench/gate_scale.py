@@ -174,7 +174,7 @@ def metrics() -> dict[str, Any]:
 
 @dataclass
 class Meter:
-    """CPU seconds by name. ``watch`` adds to ``name`` what a method takes, ``less_gate`` without the gate's part of it."""
+    """CPU seconds by name: ``watch`` adds what a method takes, ``less_gate`` without the gate's part of it."""
 
     gate: Gate
     seconds: Counter[str] = field(default_factory=Counter)

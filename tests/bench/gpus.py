@@ -177,7 +177,10 @@ def fleet(options: argparse.Namespace, stages: Sequence[str], cap: bool) -> Iter
     host_bytes = int(min(60 * GIB, psutil.virtual_memory().total * 0.6 / options.gpus))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         os.environ["DFDASK_CACHE"] = f"{name}/cache"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, home[:3]))}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, home[:3]), os.environ.get("PYTHONPATH", "")])),
+        }
         environment["DFDASK_HOST_MEMORY_BYTES"] = str(host_bytes)
         if cap and options.device == "cuda":
             environment["DFDASK_MEMORY_BYTES"] = str(int(options.cap_gib * GIB))
