@@ -97,6 +97,9 @@ class Memory(Protocol):
     def most_items(self, items: Sequence[Item]) -> int:
         """How many items like these may run at once; at least 1."""
 
+    def next_items(self, items: Sequence[Item]) -> int:
+        """How many of these to run at once now; no more than may."""
+
     def ran_out(self, items: Sequence[Item]) -> bool:
         """These were too many. Whether the same may be tried again, or else fewer must be."""
 
@@ -114,7 +117,7 @@ def run_batch(name: str, stage: Stage, batch: Batch) -> Batch:
     todo = list(reversed(_merged(batch.groups, memory)))
     while todo:
         group = todo.pop()
-        most = memory.most_items(group.items) if memory else len(group.items)
+        most = memory.next_items(group.items) if memory else len(group.items)
         if most < len(group.items) and (parts := _parts(group, most)):
             todo.extend(reversed(parts))
             continue

@@ -131,10 +131,14 @@ class HeldStage:
             return result
 
     def most_items(self, items: Sequence[Item]) -> int:
-        """How many items of this kind to run at once: what fits, and of that what is fastest."""
-        kind = call_key(items[0])
-        most = max(min(self._most.get(kind, len(items)), self.hint.batch or len(items)), 1)
-        search = self._searches.get(kind)
+        """How many items of this kind may run at once."""
+        learnt = self._most.get(call_key(items[0]), len(items))
+        return max(min(learnt, self.hint.batch or len(items)), 1)
+
+    def next_items(self, items: Sequence[Item]) -> int:
+        """How many of these to run at once now: of what fits, what is fastest, or a size that is to be tried."""
+        most = self.most_items(items)
+        search = self._searches.get(call_key(items[0]))
         # Another size would be compiled again, which takes longer than it could save.
         return search.next_items(most) if search and not self.is_compiled else most
 

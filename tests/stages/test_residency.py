@@ -219,6 +219,19 @@ def test_the_batch_that_is_fastest_by_the_devices_clock_is_found(item_seconds: d
     assert set(stage.calls) == {ends_at}
 
 
+def test_what_an_earlier_stage_parted_comes_together_as_far_as_it_fits_before_a_size_is_tried() -> None:
+    device = Device(1 << 20)
+    first, second = device.get(REF, "a"), device.get(REF, "b")
+    first.hint = Hint(batch=2)
+    stage: Any = second.stage
+    device.measured = lambda: Clock(lambda: float(stage.calls[-1] if stage.calls else 1))  # type: ignore[assignment, return-value]
+    for _ in range(2):
+        run(second, 8)
+    stage.calls.clear()
+    run_batch("second", second, run_batch("first", first, Batch.start(items(8))))
+    assert stage.calls == [4, 4], "half of 8 is tried next, and no odd size"
+
+
 def test_what_is_compiled_for_a_batch_keeps_to_it() -> None:
     device = Device(1 << 20)
     held = device.get(REF, "a")
