@@ -164,7 +164,7 @@ def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Se
     try:
         store = RunStore.open(location)
         if any(batch.committed for batch in batches) and (record := store.commit(shard)):
-            return _receipt(record)
+            return _receipt(record, stale=True)  # who wrote it did not live to say so
         return _write(store, shard, run, batches)
     except StorageError as error:
         return {"shard": shard, "error": error}
@@ -188,26 +188,23 @@ def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[B
                 row = item.index - first
                 problem = _place(pixels[row], picture)
                 status[row], errors[row] = (FAILED, problem) if problem else (OK, "")
-    written = {"shard": shard, "items": count, "failed_items": int((status == FAILED).sum())}
     record = {"stage_seconds": seconds, "worker": get_worker().name, "written": time.time(), **run}
     commit = store.write_shard(shard, pixels, status, errors, record)
     failed = [text for text in errors if text]
+    counts = {"start": first, "stop": first + count, "failed": int((status == FAILED).sum())}
+    receipt = _receipt({**record, "shard": shard, **counts}, commit.stale)
+    written = {name: receipt[name] for name in ("shard", "items", "failed_items")}
     _tell({**written, "errors": tuple(failed[:THUMBNAILS]), "thumbnails": _thumbnails(first, pixels, status)})
-    return {
-        **written,
-        "stale": commit.stale,
-        "stage_seconds": seconds,
-        "worker": str(get_worker().name),
-    }
+    return receipt
 
 
-def _receipt(record: Mapping[str, Any]) -> dict[str, Any]:
-    """That of a shard which was committed before: who wrote it did not live to say so."""
+def _receipt(record: Mapping[str, Any], stale: bool) -> dict[str, Any]:
+    """What the client is told of a shard, by the record of its commit."""
     return {
         "shard": record["shard"],
         "items": record["stop"] - record["start"],
         "failed_items": record["failed"],
-        "stale": True,
+        "stale": stale,
         "stage_seconds": record.get("stage_seconds", {}),
         "worker": str(record.get("worker", "")),
     }

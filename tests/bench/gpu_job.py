@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -434,11 +434,17 @@ def stage_times(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def visible_gpus(count: int) -> list[str]:
+    """The first of this process's GPUs, as CUDA_VISIBLE_DEVICES names them: the driver's own count is of them all."""
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (given or [str(number) for number in range(count)])[:count]
+
+
 class Utilisation:
     """How much of the time a kernel ran, by the driver's own count, sampled ten times a second."""
 
-    def __init__(self, device: int = 0) -> None:
-        self._device = device
+    def __init__(self, gpu: int = 0) -> None:
+        self._device = visible_gpus(gpu + 1)[gpu]
         self._samples: list[int] = []
         self._used = 0
         self._stop = threading.Event()
@@ -450,7 +456,12 @@ class Utilisation:
             import pynvml
 
             pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByIndex(self._device)
+            by_index = self._device.isdigit()
+            device = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(self._device))
+                if by_index
+                else pynvml.nvmlDeviceGetHandleByUUID(self._device)
+            )
         except Exception:
             return
         while not self._stop.wait(0.1):
@@ -562,8 +573,9 @@ def format_row(values: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, variants: Iterable[str], runs: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of this benchmark, and of others that run variants of a model."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(CALLS), default="flux")
     parser.add_argument("--folder", required=True, help="where the model is, or is written")
     parser.add_argument("--prompts", type=int, default=64)
@@ -571,11 +583,15 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, default=24)
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", default="", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--only", default="", help=f"of {', '.join(variants)}")
     parser.add_argument("--out", default="")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--variant", choices=list(RUNS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--variant", choices=list(runs), help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    options = arguments(__doc__, VARIANTS, RUNS).parse_args()
     if options.variant:
         quiet()
         RUNS[options.variant](options)

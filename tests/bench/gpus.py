@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 
 import gpu_job  # noqa: E402
 from fleet import family, until  # noqa: E402
-from gpu_job import CALLS, GIB, call_arguments, dtype, row, run_all, stage_times  # noqa: E402
+from gpu_job import GIB, arguments, call_arguments, dtype, row, run_all, stage_times, visible_gpus  # noqa: E402
 
 ITEM_SECONDS = {"flux": 5.2, "sdxl": 2.0, "sd35": 4.0, "wan": 12.0}  # of 28 steps on one H100; to plan the time only
 LATE_STEPS = 4  # of the items after the shift
@@ -54,12 +54,6 @@ def needs(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def visible(options: argparse.Namespace) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for each process."""
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return (given or [str(number) for number in range(options.gpus)])[: options.gpus]
-
-
 def prompt(number: int) -> str:
     return f"a photo of {number} red apples on a table"
 
@@ -74,7 +68,7 @@ def spawn(options: argparse.Namespace, target: Callable[..., None], *arguments: 
     results: Any = context.Queue()
     processes = []
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for gpu, devices in enumerate(visible(options)):
+    for gpu, devices in enumerate(visible_gpus(options.gpus)):
         if options.device == "cuda":
             os.environ["CUDA_VISIBLE_DEVICES"] = devices  # torch reads it when the process first imports it
         processes.append(context.Process(target=target, args=(options, gpu, results, *arguments), daemon=True))
@@ -196,7 +190,7 @@ def fleet(options: argparse.Namespace, stages: Sequence[str], cap: bool) -> Iter
                 command = [*dfdask, "scheduler", "--port", str(port), "--dashboard-address", "127.0.0.1:0"]
                 begun.append(subprocess.Popen(command, env=environment, **told))
                 until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60, "the scheduler to listen")
-                for devices, bound in zip(visible(options), stages, strict=True):
+                for devices, bound in zip(visible_gpus(options.gpus), stages, strict=True):
                     own = {**environment, **({"CUDA_VISIBLE_DEVICES": devices} if options.device == "cuda" else {})}
                     command = [*dfdask, "worker", address, "--device", options.device]
                     begun.append(subprocess.Popen([*command, *(["--stages", bound] if bound else [])], env=own, **told))
@@ -425,19 +419,8 @@ RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(CALLS), default="flux")
-    parser.add_argument("--folder", required=True, help="where the model is, or is written")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=28)
+    parser = arguments(__doc__, RUNS, RUNS)
     parser.add_argument("--gpus", type=int, default=0, help="processes, one on each [default: all there are]")
-    parser.add_argument("--cap-gib", type=float, default=24)
-    parser.add_argument("--seconds", type=float, default=560)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", default="", help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--variant", choices=list(RUNS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.gpus:
         import torch
