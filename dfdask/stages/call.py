@@ -1,12 +1,10 @@
-"""One call of a pipeline for several items: its arguments, and the pixels of its output."""
+"""The arguments for one call of a pipeline with several items."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from dfdask.batching import is_batchable
 from dfdask.images import Picture
@@ -38,14 +36,3 @@ def opened(value: Any) -> Any:
     if isinstance(value, Picture):
         return value.open()
     return [opened(entry) for entry in value] if isinstance(value, list) else value
-
-
-def to_pixels(output: Any) -> list[np.ndarray[Any, np.dtype[np.uint8]] | Exception]:
-    """uint8 (y, x, channel) or (frame, y, x, channel) per item from floats in [0, 1]; NaN is an error."""
-    pixels: list[np.ndarray[Any, np.dtype[np.uint8]] | Exception] = []
-    for array in np.asarray(output):
-        if not np.isfinite(array).all():
-            pixels.append(FloatingPointError("the output is not finite (NaN or infinity)"))
-        else:
-            pixels.append((array * 255).round().clip(0, 255).astype(np.uint8))
-    return pixels

@@ -27,9 +27,10 @@ from dfdask.items import Item, pictures_in
 from dfdask.speed import Speed
 from dfdask.stages.adapters import load_adapters, set_scheduler
 from dfdask.stages.anatomy import Anatomy, anatomy
-from dfdask.stages.call import pipeline_call, to_pixels
+from dfdask.stages.call import pipeline_call
 from dfdask.stages.encode import Encoder
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
+from dfdask.stages.pixels import device_pixels, to_pixels
 from dfdask.stages.speed import apply, load_quantized, reset_caches
 from dfdask.stages.state import copied, marked_by_length, moved, shapes, stand_ins, together
 from dfdask.stages.tape import Tape, encoders, patched, recording, replaying
@@ -267,6 +268,7 @@ class PipelineStage:
             replaying(self._encoders, stand_ins(state["encoded"], self._device)),
             patched(pipeline.vae, decode=decode_once),
             patched(pipeline.scheduler, set_timesteps=no_steps),
+            device_pixels(pipeline) as finite,
         ):
             try:
                 output = pipeline(**pipeline_call(pipeline, items))[0]
@@ -277,7 +279,7 @@ class PipelineStage:
                 f"model: {type(pipeline).__name__} cannot be run in stages: it decoded {len(decoded)} times after "
                 "no denoising steps"
             )
-        return to_pixels(output)
+        return to_pixels(output, finite)
 
     def _arrived(self, state: Any) -> Any:
         """On the device, in memory of its own: pipelines change what they are given, and it may be used again.

@@ -107,6 +107,7 @@ class HeldStage:
     def prepare(self, items: Sequence[Item] = ()) -> None:
         """Bring the weights to where they are needed, for these items or any. Raises OutOfMemoryError."""
         began = time.perf_counter()
+        self.device_seconds = 0.0
         with self._residency.lock:
             self._residency.place(self, self.room_bytes(items))
             self._tile(self._tiled or self.hint.tiled)
@@ -122,7 +123,8 @@ class HeldStage:
             self._residency.place(self, self.room_bytes(items))
             with self._residency.measured() as peak:
                 result = self.stage.run(items, state)
-            self.device_seconds, self.batch = peak.seconds, len(items)
+            self.device_seconds += peak.seconds
+            self.batch = len(items)
             kind = call_key(items[0])
             self._searches.setdefault(kind, BatchSearch()).observe(len(items), peak.seconds)
             if peak.bytes:
@@ -169,7 +171,7 @@ class HeldStage:
             return False
 
     def facts(self) -> dict[str, Any]:
-        """What the last call took: bytes of its activations, items at once, seconds by the device, blocks streamed."""
+        """Bytes of the last call's activations, its items, blocks streamed; the device's seconds since ``prepare``."""
         return {
             "peak_bytes": self.peak_bytes,
             "batch": self.batch,

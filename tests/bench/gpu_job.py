@@ -412,12 +412,13 @@ def stage_times(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"stages": {}}
     for told in rows:
         sums = found["stages"].setdefault(
-            told["stage"], {"items": 0, "seconds": 0.0, "switch_seconds": 0.0, "calls": 0}
+            told["stage"], {"items": 0, "seconds": 0.0, "device_seconds": 0.0, "switch_seconds": 0.0, "calls": 0}
         )
         sums["items"] += told["items"]
         sums["calls"] += 1
         sums["seconds"] += told["seconds"]
         switch, facts = told.get("load_seconds", 0.0), told.get("facts", {})
+        sums["device_seconds"] += facts.get("device_seconds", 0.0)
         sums["batch"] = max(facts.get("batch", 0), sums.get("batch", 0))
         sums["working_gib"] = max(facts.get("peak_bytes", 0) / GIB, sums.get("working_gib", 0))
         sums["streamed_blocks"] = facts.get("streamed_blocks", 0)
@@ -430,6 +431,8 @@ def stage_times(rows: list[dict[str, Any]]) -> dict[str, Any]:
         switching = sum(told.get("load_seconds", 0.0) for told in rows)
         found["task_span_seconds"] = last - first
         found["idle_share"] = 1 - (working + switching) / max(last - first, 1e-9)
+        device = sum(told.get("facts", {}).get("device_seconds", 0.0) for told in rows)
+        found["idle_share_by_device"] = 1 - device / max(last - first, 1e-9)
         found["switch_share"] = switching / max(last - first, 1e-9)
     return found
 

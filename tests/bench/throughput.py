@@ -21,8 +21,9 @@ from dfdask.batching import micro_batches
 from dfdask.items import Item
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
-from dfdask.stages.cut import pipeline_call, to_pixels
+from dfdask.stages.call import pipeline_call
 from dfdask.stages.model import locate, with_defaults
+from dfdask.stages.pixels import to_pixels
 
 BATCHES = (1, 4, 8, 16, 32)
 

@@ -22,7 +22,6 @@ import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.errors import ModelError
 from dfdask.items import Item
 from dfdask.stages.batch import Batch, nbytes, run_batch
-from dfdask.stages.call import to_pixels
 from dfdask.stages.cut import Phantom, PipelineStage, open_pipeline, stage_names
 from dfdask.stages.model import ModelRef, digest
 
@@ -292,13 +291,3 @@ def test_a_device_that_is_not_there(tiny: Tiny, monkeypatch: pytest.MonkeyPatch)
         PipelineStage(ref, "decode")
     monkeypatch.setenv("DFDASK_DEVICE", "cpu")  # the worker's own setting wins
     PipelineStage(ref, "decode")
-
-
-def test_pixels_round_to_the_nearest_and_what_is_not_finite_is_an_error() -> None:
-    good = np.full((2, 2, 3), 0.5, np.float32)
-    bad = good.copy()
-    bad[1, 1, 1] = np.nan
-    first, second, third = to_pixels(np.stack([good, bad, good * 2.5]))
-    assert isinstance(first, np.ndarray) and first.dtype == np.uint8 and (first == 128).all()
-    assert isinstance(second, FloatingPointError)
-    assert isinstance(third, np.ndarray) and (third == 255).all()
