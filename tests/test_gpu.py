@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ from dfdask.items import Item
 from dfdask.options import Hint
 from dfdask.stages.batch import Batch, Rows, run_batch
 from dfdask.stages.component import Weights
+from dfdask.stages.held import HeldStage
 from dfdask.stages.model import ModelRef
-from dfdask.stages.residency import HeldStage, Residency
+from dfdask.stages.residency import Residency
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +74,7 @@ def capped() -> Iterator[int]:
     """Bytes that this process may take of the GPU."""
     total = torch.cuda.get_device_properties(0).total_memory
     limit = 2 << 30
+    gc.collect()  # what earlier tests left would take of it
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(limit / total)
     yield limit

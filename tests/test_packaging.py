@@ -110,10 +110,12 @@ def imports(module: str, path: Path, types: bool = True) -> set[str]:
         package.pop()
     found: set[str] = set()
     tree = ast.parse(path.read_text())
+    if not types:  # before the walk, which takes up a node's children before it yields the node
+        for node in tree.body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
     for node in ast.walk(tree):
-        if not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-        elif isinstance(node, ast.Import):
+        if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []

@@ -360,8 +360,8 @@ def job(options: argparse.Namespace, capped: bool = True) -> None:
             "arguments": {**call_arguments(options), "num_inference_steps": 2},
         }
         began = time.perf_counter()
-        dfdask.submit(spec, prompts=prompts[:2], output=f"{folder}/warm", client=client).wait()
-        row(variant=f"{name}: start, load and a first call of two steps", seconds=time.perf_counter() - began)
+        dfdask.submit(spec, prompts=prompts[:16], output=f"{folder}/warm", client=client).wait()
+        row(variant=f"{name}: start, load and first calls of two steps", seconds=time.perf_counter() - began)
         client.run_on_scheduler(_clear)
         spec["arguments"]["num_inference_steps"] = options.steps
         busy = Utilisation()

@@ -357,18 +357,25 @@ def end(processes: Sequence[Any]) -> None:
 
 
 def recovery(rows: list[Row], killed: tuple[float, set[str]]) -> Row:
-    """Seconds from the kill until those who are left denoise at 0.95 of their own rate before it, over a window.
+    """Seconds from the kill until those who are left work at 0.95 of their own rate before it, over a window.
 
-    A task's items count evenly over its seconds.
+    An item's stages count by their mean seconds, and a task's items evenly over its time: an item of all stages is 1.
     """
     when, left = killed
-    tasks = [told for told in rows if told["worker"] in left and told["stage"] == "denoise"]
+    tasks = [told for told in rows if told["worker"] in left]
+    stages = {told["stage"] for told in tasks}
+    mean = {
+        stage: sum(told["seconds"] for told in tasks if told["stage"] == stage)
+        / sum(told["items"] for told in tasks if told["stage"] == stage)
+        for stage in stages
+    }
 
     def rate(start: float, stop: float) -> float:
         made = 0.0
         for told in tasks:
             common = min(stop, told["start"] + told["seconds"]) - max(start, told["start"])
-            made += told["items"] * max(common, 0) / max(told["seconds"], 1e-9)
+            part = max(common, 0) / max(told["seconds"], 1e-9)
+            made += told["items"] * part * mean[told["stage"]] / sum(mean.values())
         return made / (stop - start)
 
     window = 3 * max((told["seconds"] for told in tasks), default=1.0)
@@ -376,15 +383,13 @@ def recovery(rows: list[Row], killed: tuple[float, set[str]]) -> Row:
     before = rate(min((told["start"] for told in tasks), default=when - 1), when)
     step, found = window / 60, None
     for tick in range(max(int((end - window - when) / step), 0) + 1):
-        if (
-            when + tick * step + window <= end
-            and rate(when + tick * step, when + tick * step + window) >= 0.95 * before
-        ):
+        began = when + tick * step
+        if began + window <= end and rate(began, began + window) >= 0.95 * before:
             found = tick * step
             break
     after = rate(when, end) if end > when else 0.0
     return {
-        "seconds_until_share": found if found is not None else "not seen: too few tasks after the kill",
+        "seconds_until_share": found if found is not None else "not seen",
         "rate_before": before,
         "rate_after": after,
         "window_seconds": window,

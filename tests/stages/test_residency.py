@@ -21,8 +21,9 @@ from dfdask.stages.batch import Batch, Rows, run_batch
 from dfdask.stages.component import Weights
 from dfdask.stages.cut import PipelineStage
 from dfdask.stages.fake import FakeStage
+from dfdask.stages.held import HeldStage
 from dfdask.stages.model import ModelRef, digest
-from dfdask.stages.residency import HeldStage, Residency, held_stage
+from dfdask.stages.residency import Residency, held_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' DPM solver, with numpy 2
 
@@ -171,6 +172,25 @@ def test_out_of_memory_with_one_item_streams_more() -> None:
         run(held, 1)
     stage.item_bytes = 1024
     assert torch.equal(run(held, 1), expected), "the next items are not the worse for it"
+
+
+def test_where_others_take_of_the_memory_more_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(12 * 1024)
+    held = device.get(REF, "a")
+    held.hint = Hint("resident", working_bytes=0)
+    expected = run(held, 1)
+    place = Weights.place
+
+    def crowded(weights: Weights, blocks: Sequence[int]) -> None:
+        if 8 - len(blocks) > 4:  # 1 KiB each
+            raise torch.OutOfMemoryError("another process was faster")
+        place(weights, blocks)
+
+    monkeypatch.setattr(Weights, "place", crowded)
+    stage: Any = held.stage
+    stage.item_bytes = 6 * 1024
+    assert torch.equal(run(held, 1), expected)
+    assert len(held.weights[0].streamed) >= 4
 
 
 def test_the_hint_says_how_many_items_run_at_once() -> None:
