@@ -18,6 +18,8 @@ from dfdask.stragglers import STEP, Stragglers
 ANY_CLASS = "*"
 TURN_LOADS = 100
 """A worker that takes turns works so many times as long as its loads take: they cost it one per cent."""
+DRIFT = 0.05
+"""The logarithm by which a cost must change to be news: a little more than the gain that roles are changed for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,10 @@ class _DeviceKind:
 
 
 class Controller:
-    """Keeps count of items and costs, and decides who runs what."""
+    """Keeps count of items and costs, and decides who runs what.
+
+    ``ended_tasks`` since the last decision; ``has_drifted`` where costs are not any more what it was made with.
+    """
 
     def __init__(self, costs: CostModel | None = None, margin: float = MARGIN) -> None:
         self.costs = costs or CostModel()
@@ -85,6 +90,9 @@ class Controller:
         self._loads: dict[tuple[str, str, str], float] = {}
         self._working: dict[tuple[str, str, str], int] = {}
         self._ahead: dict[Kind, float] = {}
+        self._decided_on: dict[tuple[str, str, str, int], float] = {}
+        self.has_drifted = False
+        self.ended_tasks = 0
 
     def add_job(self, job: JobFacts) -> None:
         self._jobs[job.name] = job
@@ -141,15 +149,20 @@ class Controller:
             return math.nan
         factor = self._stragglers.factor(device)
         work = TaskWork(items)
-        predicted = self.costs.predict(job.model, kind[1], worker.device_class, work).seconds * factor
-        self.costs.observe(job.model, kind[1], worker.device_class, work, seconds / factor)
+        key = job.model, kind[1], worker.device_class
+        believed = self.costs.seconds(*key, work)
+        self.costs.observe(*key, work, seconds / factor)
         if items:
-            self._stragglers.observe((job.model, kind[1], worker.device_class), device, seconds / items)
+            self._stragglers.observe(key, device, seconds / items)
         if load_seconds > 0:
-            key = job.model, kind[1], worker.device_class
             known = self._loads.get(key, load_seconds)
             self._loads[key] = known + 0.5 * (load_seconds - known)
-        return predicted
+        decided_on = self._decided_on.setdefault((*key, items), believed)
+        is_first = self._left[kind] + items >= job.items
+        slowed = self._stragglers.factor(device) != factor
+        self.has_drifted = self.has_drifted or is_first or slowed or abs(math.log(believed / decided_on)) > DRIFT
+        self.ended_tasks += 1
+        return believed * factor
 
     def used_memory(self, kind: Kind, device: str, working_bytes: int) -> None:
         """What a task took of its device's memory beside the weights."""
@@ -183,6 +196,8 @@ class Controller:
 
     def decide(self) -> Decision:
         """Roles for now. Only those that change are among the decision's seats."""
+        self._decided_on.clear()
+        self.has_drifted, self.ended_tasks = False, 0
         self._judge_speeds()
         placement = place(self.work(), self._devices_by_kind(), self._margin)
         changed, shares = {}, {}
@@ -215,7 +230,7 @@ class Controller:
     def seconds_per_item(self, kind: Kind, device_class: str) -> float:
         """As believed now, in batches of the job's size."""
         job = self._jobs[kind[0]]
-        return self.costs.predict(job.model, kind[1], device_class, TaskWork(job.batch)).seconds / job.batch
+        return self.costs.seconds(job.model, kind[1], device_class, TaskWork(job.batch)) / job.batch
 
     def item_costs(self) -> dict[Kind, float]:
         """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share.

@@ -119,8 +119,12 @@ class StageModel:
         precision = np.diag([1.0, 1e-4, 1.0, 1.0])
         return cls(np.array([0.0, 1.0, 1.0, 1.0]), precision, precision)
 
+    def seconds(self, features: Vector) -> float:
+        """What is predicted without how sure it is: a fraction of the work."""
+        return max(float(features @ self.mean), _FLOOR_SECONDS)
+
     def predict(self, features: Vector) -> Prediction:
-        seconds = max(float(features @ self.mean), _FLOOR_SECONDS)
+        seconds = self.seconds(features)
         spread = float(features @ np.linalg.solve(self.precision, features))
         return Prediction(seconds, math.sqrt(max(spread, 0.0) + (self._noise * seconds) ** 2))
 
@@ -184,17 +188,25 @@ class CostModel:
 
     def __init__(self, rates: Mapping[str, DeviceRates] | None = None) -> None:
         self.rates = dict(measured_rates() if rates is None else rates)
+        self._rates_of: dict[str, DeviceRates | None] = {}
         self._models: dict[tuple[str, str, str], StageModel] = {}
 
     def rates_of(self, device_class: str) -> DeviceRates | None:
         """The prior's rates, or None where nothing is known of such a device."""
-        named = (rates for name, rates in self.rates.items() if name.lower() in device_class.lower())
-        return next(named, None)
+        if device_class not in self._rates_of:
+            named = (rates for name, rates in self.rates.items() if name.lower() in device_class.lower())
+            self._rates_of[device_class] = next(named, None)
+        return self._rates_of[device_class]
 
     def predict(self, model: str, stage: str, device_class: str, work: TaskWork) -> Prediction:
         """``model`` is what the stage's time depends on beside its work: a digest, a dtype."""
         features = terms(work, self.rates_of(device_class))
         return self._model(model, stage, device_class, features).predict(features)
+
+    def seconds(self, model: str, stage: str, device_class: str, work: TaskWork) -> float:
+        """As ``predict``, where nobody asks how sure that is."""
+        features = terms(work, self.rates_of(device_class))
+        return self._model(model, stage, device_class, features).seconds(features)
 
     def observe(self, model: str, stage: str, device_class: str, work: TaskWork, seconds: float) -> None:
         """A task of this work took ``seconds`` on the device, transfers left out."""

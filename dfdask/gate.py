@@ -48,8 +48,6 @@ BEGAN = "dfdask-item"
 """The topic on which a worker says which item of a suspected batch it begins."""
 UNLIMITED_BYTES = 1 << 62
 STRANGER_SECONDS = 60.0
-DECIDE_SECONDS = 0.5
-"""How often roles are reconsidered while there is work: costs drift."""
 
 
 class Gate(SchedulerPlugin):
@@ -76,8 +74,6 @@ class Gate(SchedulerPlugin):
         self._ended: set[str] = set()
         self._reasons: list[str] = []
         self._pump_is_due = False
-        self._decided = 0.0
-        self._decision_took = 0.0
 
     @property
     def events(self) -> Any:
@@ -310,7 +306,7 @@ class Gate(SchedulerPlugin):
     def _pump(self) -> None:
         started = time.thread_time()
         self._pump_is_due = False
-        if self._reasons or time.monotonic() - self._decided > max(DECIDE_SECONDS, 20 * self._decision_took):
+        if self._reasons or self._roles.are_due():
             self._decide()
         scheduler, now = self._scheduler, time.time()
         chosen: dict[Any, str] = {}
@@ -346,13 +342,11 @@ class Gate(SchedulerPlugin):
     # -- roles
 
     def _decide(self) -> None:
-        began, reason = time.perf_counter(), "; ".join(self._reasons[:3]) or "costs changed"
+        reason = "; ".join(self._reasons[:3]) or "costs changed"
         self._reasons.clear()
         self._tidy()
         self.flow.set_limits()
         self._roles.decide(self._scheduler, reason)
-        self._decided = time.monotonic()
-        self._decision_took = time.perf_counter() - began
 
     def _tidy(self) -> None:
         """Forget jobs that ended, and unannounced ones that have been done for a while."""

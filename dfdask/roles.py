@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
 
+DECIDE_SECONDS = 0.5
+"""How often roles are reconsidered at most where nobody asks for it."""
+UNHURRIED_SECONDS = 10.0
+"""How often at least, while tasks end."""
+SECONDS_PER_TASK = 1e-4
+"""CPU time that this may take for each task: a small fleet's tasks are few, and a decision for it is not cheaper."""
+MOST_OF_THE_TIME = 0.05
+
+
 class Roles:
     """``forecast_seconds`` until each job ends by the last decision, and the stages that are ``impossible`` here."""
 
@@ -23,9 +32,19 @@ class Roles:
         self._dispatcher, self._controller, self._ledger = dispatcher, controller, ledger
         self.forecast_seconds: dict[str, float] = {}
         self.impossible: dict[str, tuple[str, ...]] = {}
+        self._decided = 0.0
+        self._took_seconds = 0.0
+
+    def are_due(self) -> bool:
+        """Whether to reconsider for no other reason than that tasks ended: soon where they were not as expected."""
+        passed, took, controller = time.monotonic() - self._decided, self._took_seconds, self._controller
+        if passed <= max(DECIDE_SECONDS, took / MOST_OF_THE_TIME):
+            return False
+        return controller.has_drifted or took <= controller.ended_tasks * SECONDS_PER_TASK or passed > UNHURRIED_SECONDS
 
     def decide(self, scheduler: Scheduler, reason: str) -> None:
         """Reconsider all roles. What is assigned already stays where it is."""
+        began = time.thread_time()
         self._count_what_is_there()
         decision = self._controller.decide()
         placement = decision.placement
@@ -45,6 +64,7 @@ class Roles:
         for run in self._ledger.jobs:
             self.forecast_seconds[run] = placement.seconds.get(run, 0.0)
             self.impossible[run] = tuple(stage for job, stage in placement.impossible if job == run)
+        self._decided, self._took_seconds = time.monotonic(), time.thread_time() - began
 
     def forget(self, run: str) -> None:
         self.forecast_seconds.pop(run, None)

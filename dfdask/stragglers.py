@@ -37,7 +37,9 @@ class Stragglers:
             by_worker[name].append(seconds)
         if len(by_worker) < _PEERS:
             return
-        typical = statistics.median(statistics.median(values) for values in by_worker.values())
+        # In a large fleet nearly all have one: this is asked for every task.
+        medians = (values[0] if len(values) == 1 else statistics.median(values) for values in by_worker.values())
+        typical = statistics.median(medians)
         own = self._own[worker]
         own.append(math.log(seconds_per_item / typical))
         if len(own) == _OWN:

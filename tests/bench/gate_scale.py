@@ -38,6 +38,7 @@ from simulated import STAGES, address_of, call_seconds
 from dfdask.cluster import SETTINGS
 from dfdask.controller import ANY_CLASS
 from dfdask.gate import WRITE, Gate
+from dfdask.placement import Device, Option, StageWork, place
 from dfdask.tags import stage_resource, task_key, worker_resources
 from dfdask.telemetry import TELEMETRY
 
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes; the figures are off then")
     options = parser.parse_args()
     rows = []
+    place([StageWork("job", "stage", 1, {"cpu": [Option(1.0)]})], [Device("worker")])  # imports the solver
     with tempfile.TemporaryDirectory() as folder, dask.config.set(SETTINGS):
         for count in options.workers:
             os.environ["DFDASK_CACHE"] = f"{folder}/{count}"  # no costs learnt before
