@@ -19,10 +19,7 @@ from importlib.resources import files
 from statistics import mean, median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-Vector = NDArray[np.float64]
+from dfdask.four import Matrix, Vector, diagonal, dot, matrix, scaled, solve, vector
 
 NOISE = 0.03
 """The relative deviation of equal tasks on an idle device."""
@@ -90,13 +87,13 @@ def terms(work: TaskWork, rates: DeviceRates | None) -> Vector:
     Where bytes or the floor are the limit, the operations' terms are stretched to it: learning scales what counts.
     """
     if rates is None or not (work.linear_flops or work.attention_flops or work.bytes_moved):
-        return np.array([_UNKNOWN_FIXED_SECONDS, float(work.items), 0.0, 0.0])
+        return _UNKNOWN_FIXED_SECONDS, float(work.items), 0.0, 0.0
     linear = work.linear_flops / rates.linear_flops_per_second
     attention = work.attention_flops / rates.attention_flops_per_second
     limit = roofline_seconds(work, rates)
     stretch = limit / (linear + attention) if linear + attention else 0.0
     fixed = max(rates.floor_seconds * work.calls, 1e-3) if stretch else limit
-    return np.array([fixed, 0.0, linear * stretch, attention * stretch])
+    return fixed, 0.0, linear * stretch, attention * stretch
 
 
 @dataclass
@@ -104,8 +101,8 @@ class StageModel:
     """The factors of one stage of one model on one class of devices."""
 
     mean: Vector
-    precision: Vector
-    prior_precision: Vector
+    precision: Matrix
+    prior_precision: Matrix
     count: int = 0
     error: float = math.nan
     recent: deque[tuple[Vector, float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -114,18 +111,18 @@ class StageModel:
     def prior(cls, known: bool) -> StageModel:
         """With ``known`` operations factors are near 1, else anything goes."""
         if known:
-            precision = np.diag([4.0, 4.0, 10.0, 10.0])
-            return cls(np.array([0.2, 1.0, 1.0, 1.0]), precision, precision)
-        precision = np.diag([1.0, 1e-4, 1.0, 1.0])
-        return cls(np.array([0.0, 1.0, 1.0, 1.0]), precision, precision)
+            precision = diagonal(4.0, 4.0, 10.0, 10.0)
+            return cls((0.2, 1.0, 1.0, 1.0), precision, precision)
+        precision = diagonal(1.0, 1e-4, 1.0, 1.0)
+        return cls((0.0, 1.0, 1.0, 1.0), precision, precision)
 
     def seconds(self, features: Vector) -> float:
         """What is predicted without how sure it is: a fraction of the work."""
-        return max(float(features @ self.mean), _FLOOR_SECONDS)
+        return max(dot(features, self.mean), _FLOOR_SECONDS)
 
     def predict(self, features: Vector) -> Prediction:
         seconds = self.seconds(features)
-        spread = float(features @ np.linalg.solve(self.precision, features))
+        spread = dot(features, solve(self.precision, features))
         return Prediction(seconds, math.sqrt(max(spread, 0.0) + (self._noise * seconds) ** 2))
 
     @property
@@ -151,7 +148,7 @@ class StageModel:
             # What held before says where to start and no more: the tasks of the new kind outweigh it. Its error
             # says nothing of them; how much they differ from each other does.
             middle = median(missed for *_, missed in recent)
-            self.precision = self.prior_precision * 0.01
+            self.precision = scaled(self.prior_precision, 0.01)
             self.error = mean(abs(missed - middle) for *_, missed in recent)
             for old, took, _ in recent:
                 self._update(old, took, 1.0, took)
@@ -171,13 +168,22 @@ class StageModel:
         return (_FREEDOM + 1) / (_FREEDOM + distance**2)
 
     def _update(self, features: Vector, seconds: float, weight: float, unit: float) -> None:
-        scaled = features / unit
+        u0, u1, u2, u3 = features[0] / unit, features[1] / unit, features[2] / unit, features[3] / unit
         gain = weight / self._noise**2
         # What is forgotten gives way to the prior's doubt, or what is never observed would become singular.
-        held = self.precision * _FORGETTING + self.prior_precision * (1 - _FORGETTING)
-        precision = held + gain * np.outer(scaled, scaled)
-        factors = np.linalg.solve(precision, held @ self.mean + gain * scaled * (seconds / unit))
-        self.mean, self.precision = np.maximum(factors, 0.0), precision
+        rows: list[Vector] = []
+        right: list[float] = []
+        for u, (p0, p1, p2, p3), (q0, q1, q2, q3) in zip(
+            (u0, u1, u2, u3), self.precision, self.prior_precision, strict=True
+        ):
+            h0, h1 = p0 * _FORGETTING + q0 * (1 - _FORGETTING), p1 * _FORGETTING + q1 * (1 - _FORGETTING)
+            h2, h3 = p2 * _FORGETTING + q2 * (1 - _FORGETTING), p3 * _FORGETTING + q3 * (1 - _FORGETTING)
+            seen = gain * u
+            right.append(dot((h0, h1, h2, h3), self.mean) + seen * (seconds / unit))
+            rows.append((h0 + seen * u0, h1 + seen * u1, h2 + seen * u2, h3 + seen * u3))
+        self.precision = rows[0], rows[1], rows[2], rows[3]
+        a, b, c, d = solve(self.precision, (right[0], right[1], right[2], right[3]))
+        self.mean = max(a, 0.0), max(b, 0.0), max(c, 0.0), max(d, 0.0)
 
 
 class CostModel:
@@ -229,9 +235,9 @@ class CostModel:
                 "model": key[0],
                 "stage": key[1],
                 "device_class": key[2],
-                "mean": model.mean.tolist(),
-                "precision": model.precision.tolist(),
-                "prior_precision": model.prior_precision.tolist(),
+                "mean": model.mean,
+                "precision": model.precision,
+                "prior_precision": model.prior_precision,
                 "count": model.count,
                 "error": model.error if math.isfinite(model.error) else None,
             }
@@ -242,28 +248,25 @@ class CostModel:
         """Take over what `to_json` wrote. Raises ValueError where it is not that."""
         for entry in saved:
             try:
-                mean, precision = np.array(entry["mean"], float), np.array(entry["precision"], float)
-                prior = np.array(entry["prior_precision"], float)
+                mean, precision = vector(entry["mean"]), matrix(entry["precision"])
+                prior = matrix(entry["prior_precision"])
                 key = str(entry["model"]), str(entry["stage"]), str(entry["device_class"])
                 count, error = int(entry["count"]), entry["error"]
                 error = math.nan if error is None else float(error)
             except (KeyError, TypeError, ValueError, OverflowError) as problem:
                 raise ValueError(f"not a saved cost: {entry!r} ({problem})") from problem
-            numbers = [*mean.flat, *precision.flat, *prior.flat]
-            if (mean.shape, precision.shape, prior.shape) != ((4,), (4, 4), (4, 4)) or not np.isfinite(numbers).all():
-                raise ValueError(f"not a saved cost: {entry!r}")
             self._models[key] = StageModel(mean, precision, prior, count, error)
 
     def _model(self, model: str, stage: str, device_class: str, features: Vector) -> StageModel:
         key = model, stage, device_class
         if key not in self._models:
-            self._models[key] = self._akin(model, stage, device_class) or StageModel.prior(bool(features[2:].any()))
+            self._models[key] = self._akin(model, stage, device_class) or StageModel.prior(any(features[2:]))
         return self._models[key]
 
     def _akin(self, model: str, stage: str, device_class: str) -> StageModel | None:
         """Another class's factors to begin with: a slower device is slower at everything, at first sight."""
         for (other, same_stage, _), known in self._models.items():
             if (other, same_stage) == (model, stage) and known.count:
-                doubt = known.precision * (NOISE / 0.5) ** 2
-                return StageModel(known.mean.copy(), doubt, known.prior_precision)
+                doubt = scaled(known.precision, (NOISE / 0.5) ** 2)
+                return StageModel(known.mean, doubt, known.prior_precision)
         return None

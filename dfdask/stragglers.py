@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 STEP = math.log(1.25)
 """Slowness is told in steps of a quarter: finer would only move roles about."""
@@ -32,14 +32,10 @@ class Stragglers:
             return
         recent = self._pools[pool]
         recent.append((worker, seconds_per_item))
-        by_worker: dict[str, list[float]] = defaultdict(list)
-        for name, seconds in recent:
-            by_worker[name].append(seconds)
-        if len(by_worker) < _PEERS:
+        alike = dict(recent)  # one each in a large fleet, and this is asked whenever a task ends
+        if len(alike) < _PEERS:
             return
-        # In a large fleet nearly all have one: this is asked for every task.
-        medians = (values[0] if len(values) == 1 else statistics.median(values) for values in by_worker.values())
-        typical = statistics.median(medians)
+        typical = statistics.median(alike.values() if len(alike) == len(recent) else _medians(recent))
         own = self._own[worker]
         own.append(math.log(seconds_per_item / typical))
         if len(own) == _OWN:
@@ -59,3 +55,11 @@ class Stragglers:
     def forget(self, worker: str) -> None:
         self._levels.pop(worker, None)
         self._own.pop(worker, None)
+
+
+def _medians(recent: Iterable[tuple[str, float]]) -> list[float]:
+    """Of each worker's own."""
+    by_worker: dict[str, list[float]] = defaultdict(list)
+    for name, seconds in recent:
+        by_worker[name].append(seconds)
+    return [statistics.median(values) for values in by_worker.values()]

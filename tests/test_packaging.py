@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
         *("cost", "fluid", "capacity", "placement", "options", "profit", "dispatch", "controller", "fleets", "scaling"),
-        *("flow", "ledger", "quarantine", "stragglers", "views"),
+        *("four", "flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
         *("store", "store_check", "store_create", "store_events", "store_layout", "store_objects"),
