@@ -201,10 +201,13 @@ class Controller:
         self._judge_speeds()
         placement = place(self.work(), self._devices_by_kind(), self._margin)
         changed, shares = {}, {}
+        alike: dict[tuple[int, int], tuple[Seat, dict[Kind, float], tuple[Kind, ...]]] = {}
         for name, roles in placement.roles.items():
-            seat = self._seat(name, placement)
-            shares[name] = {(role.job, role.stage): role.share for role in roles}
-            own = tuple((role.job, role.stage) for role in roles if role.share > 0)
+            key = id(roles), self._devices[name].memory_bytes  # large fleets have few groups with roles of their own
+            if key not in alike:
+                parts = {(role.job, role.stage): role.share for role in roles}
+                alike[key] = self._seat(name, placement), parts, tuple(kind for kind in parts if parts[kind] > 0)
+            seat, shares[name], own = alike[key]
             if seat != self._seats[name]:
                 changed[name] = self._seats[name] = seat
             if set(own) != set(self._devices[name].runs):

@@ -235,9 +235,9 @@ class CostModel:
                 "model": key[0],
                 "stage": key[1],
                 "device_class": key[2],
-                "mean": model.mean,
-                "precision": model.precision,
-                "prior_precision": model.prior_precision,
+                "mean": list(model.mean),
+                "precision": [list(row) for row in model.precision],
+                "prior_precision": [list(row) for row in model.prior_precision],
                 "count": model.count,
                 "error": model.error if math.isfinite(model.error) else None,
             }

@@ -216,10 +216,12 @@ class Gate(SchedulerPlugin):
     # -- tasks
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        if start == "released" and finish == "waiting" or start == "no-worker" and finish == "processing":
+            return  # most of what Dask tells: not worth a look at the clock
         started = time.thread_time()
         if finish == "no-worker":
             self._arrive(key)
-        elif start == "no-worker" and finish != "processing":
+        elif start == "no-worker":
             self.dispatcher.drop(key)
             self._writes.pop(key, None)
         elif start == "processing" and key in self._placed:

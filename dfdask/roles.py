@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DECIDE_SECONDS = 0.5
 """How often roles are reconsidered at most where nobody asks for it."""
-UNHURRIED_SECONDS = 10.0
+UNHURRIED_SECONDS = 20.0
 """How often at least, while tasks end."""
 SECONDS_PER_TASK = 1e-4
 """CPU time that this may take for each task: a small fleet's tasks are few, and a decision for it is not cheaper."""
@@ -52,13 +52,13 @@ class Roles:
         stay = seconds * placement.score / placement.stay_score if placement.stay_score > 0 else seconds
         for address, shares in decision.shares.items():
             account = self._ledger.workers[address]
-            before, after = _own(account.shares), _own(shares)
-            account.shares = shares
+            before, account.shares = account.shares, shares
             if address in decision.seats:
                 self._dispatcher.seat(address, decision.seats[address])
-                if before.keys() != after.keys():
+                own_before, own = _own(before), _own(shares)
+                if own_before.keys() != own.keys():
                     self._ledger.note(
-                        RolesChanged(time.time(), address, before, after, reason, placement.policy, seconds, stay)
+                        RolesChanged(time.time(), address, own_before, own, reason, placement.policy, seconds, stay)
                     )
             _tag(scheduler, address, shares)
         for run in self._ledger.jobs:

@@ -251,8 +251,7 @@ async def measure(count: int, tasks: int, profile: bool) -> dict[str, Any]:
         await asyncio.gather(*(event.wait() for event in joined))
         async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
             meter = Meter(gate)
-            for method, name in (("_decide", "decisions"), ("transition", "transitions")):
-                meter.watch(gate, method, name)
+            meter.watch(gate, "_decide", "decisions")
             meter.watch(gate.dispatcher, "assign", "placing")
             for method in ("_create_taskstate_from_graph", "transitions"):
                 meter.watch(scheduler, method, "dask", less_gate=True)
@@ -275,14 +274,14 @@ async def measure(count: int, tasks: int, profile: bool) -> dict[str, Any]:
             worker.leave()
         await asyncio.gather(*serving)
     per = 1000 / calls
-    parts = {name: meter.seconds[name] * per for name in ("decisions", "placing", "transitions")}
+    parts = {name: meter.seconds[name] * per for name in ("decisions", "placing")}
     return {
         "workers": count,
         "calls": calls,
         "calls_per_second": round(calls / wall, 1),
         "gate_ms": round(seconds * per, 3),
         **{f"{name}_ms": round(value, 3) for name, value in parts.items()},
-        "other_ms": round(seconds * per - sum(parts.values()), 3),
+        "transitions_ms": round(seconds * per - sum(parts.values()), 3),
         "decisions": meter.calls["decisions"],
         "dask_ms": round(meter.seconds["dask"] * per, 3),
         "loop_busy": f"{cpu / wall:.0%}",
