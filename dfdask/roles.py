@@ -30,10 +30,16 @@ class Roles:
 
     def __init__(self, dispatcher: Dispatcher, controller: Controller, ledger: Ledger) -> None:
         self._dispatcher, self._controller, self._ledger = dispatcher, controller, ledger
-        self.forecast_seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self.impossible: dict[str, tuple[str, ...]] = {}
         self._decided = 0.0
         self._took_seconds = 0.0
+
+    @property
+    def forecast_seconds(self) -> dict[str, float]:
+        """By the last decision, less the time since."""
+        passed = time.monotonic() - self._decided
+        return {run: max(seconds - passed, 0.0) for run, seconds in self._seconds.items()}
 
     def are_due(self) -> bool:
         """Whether to reconsider for no other reason than that tasks ended: soon where they were not as expected."""
@@ -62,12 +68,12 @@ class Roles:
                     )
             _tag(scheduler, address, shares)
         for run in self._ledger.jobs:
-            self.forecast_seconds[run] = placement.seconds.get(run, 0.0)
+            self._seconds[run] = placement.seconds.get(run, 0.0)
             self.impossible[run] = tuple(stage for job, stage in placement.impossible if job == run)
         self._decided, self._took_seconds = time.monotonic(), time.thread_time() - began
 
     def forget(self, run: str) -> None:
-        self.forecast_seconds.pop(run, None)
+        self._seconds.pop(run, None)
         self.impossible.pop(run, None)
 
     def _count_what_is_there(self) -> None:

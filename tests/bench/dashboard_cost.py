@@ -24,11 +24,11 @@ import prometheus_client
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from PIL import Image
+from simulated import STAGES, address_of, call_seconds
 
 from dfdask.dashboard import Dashboard
 from dfdask.events import ClusterState, Event, JobState, RolesChanged, ShardWritten, StageState, TaskDone, WorkerState
 
-STAGES = {"encode": 0.05, "denoise": 0.5, "decode": 0.2}  # seconds per item
 JOBS, BATCH, SHARD = 3, 4, 16
 SETTLE_SECONDS = 6.0
 READER = """
@@ -69,8 +69,8 @@ class SimulatedGate(SchedulerPlugin):
             while until <= now:
                 stage, job = self._stage[worker], self._random.randrange(JOBS)
                 predicted = STAGES[stage] * BATCH
-                seconds = predicted * self._random.uniform(0.8, 1.2)
-                address = f"tcp://10.0.0.1:{worker}"
+                seconds = call_seconds(stage, BATCH, self._random)
+                address = address_of(worker)
                 self.note(
                     TaskDone(
                         until, f"run{job}", stage, address, BATCH, until - seconds, seconds, 0.0, predicted, 500_000
@@ -105,7 +105,7 @@ class SimulatedGate(SchedulerPlugin):
             for job, done in enumerate(self._done)
         )
         workers = tuple(
-            WorkerState(f"tcp://10.0.0.1:{number}", str(number), "gpu", 1, {stage: 1.0}, stage, 2, *([0.0] * 5))
+            WorkerState(address_of(number), str(number), "gpu", 1, {stage: 1.0}, stage, 2, *([0.0] * 5))
             for number, stage in enumerate(self._stage)
         )
         return ClusterState(time.time(), jobs, workers, 0.0)

@@ -1,0 +1,115 @@
+"""When the gate reconsiders roles without being asked: soon after costs moved, seldom where they did not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dfdask import roles
+from dfdask.controller import Controller, JobFacts, StageFacts
+from dfdask.dispatch import Dispatcher
+from dfdask.ledger import Ledger
+from dfdask.placement import Device
+from dfdask.roles import Roles
+
+KIND = "job", "stage"
+
+
+@pytest.fixture
+def controller() -> Controller:
+    """Of a fleet of four, after a decision with costs that are well known."""
+    found = Controller()
+    for number in range(4):
+        found.add_device(Device(f"w{number}"))
+    found.add_job(JobFacts("job", "model", (StageFacts("stage"),), 10_000))
+    for _ in range(100):
+        found.finished(KIND, 1, "w0", 2.0)
+    found.decide()
+    return found
+
+
+def test_tasks_that_take_what_they_took_are_no_news(controller: Controller) -> None:
+    for number in range(200):
+        controller.finished(KIND, 1, f"w{number % 4}", 2.0)
+    assert controller.ended_tasks == 200 and not controller.has_drifted
+
+
+def test_a_cost_that_moves_is_news_until_the_decision(controller: Controller) -> None:
+    ended = 0
+    while not controller.has_drifted:
+        controller.finished(KIND, 1, f"w{ended % 4}", 2.6)
+        ended += 1
+        assert ended < 20, "a third more was not seen"
+    controller.decide()
+    assert controller.ended_tasks == 0 and not controller.has_drifted
+
+
+def test_a_worker_that_slows_down_is_news(controller: Controller) -> None:
+    for _ in range(40):
+        for worker in ("w0", "w1", "w2", "w3"):
+            controller.finished(KIND, 1, worker, 4.0 if worker == "w3" else 2.0)
+    assert controller.has_drifted
+
+
+def test_the_first_task_of_a_job_is_news(controller: Controller) -> None:
+    controller.add_job(JobFacts("other", "model", (StageFacts("stage"),), 100))
+    controller.finished(("other", "stage"), 1, "w0", 2.0)
+    assert controller.has_drifted, "what its results weigh is not known before"
+
+
+class Clock:
+    """Stands in for ``time`` where only the clock decides."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(roles, "time", found)
+    return found
+
+
+@pytest.fixture
+def decided(controller: Controller, clock: Clock) -> Roles:
+    found = Roles(Dispatcher(), controller, Ledger())
+    found._decided, found._took_seconds = clock.now, 0.01
+    return found
+
+
+def test_costs_that_moved_are_due_after_half_a_second(decided: Roles, controller: Controller, clock: Clock) -> None:
+    controller.has_drifted = True
+    clock.now += 0.4
+    assert not decided.are_due()
+    clock.now += 0.2
+    assert decided.are_due()
+
+
+@pytest.mark.parametrize(("ended", "seconds", "due"), [(99, 19.0, False), (100, 19.0, True), (1, 21.0, True)])
+def test_without_news_tasks_or_time_must_pass(
+    decided: Roles, controller: Controller, clock: Clock, ended: int, seconds: float, due: bool
+) -> None:
+    controller.ended_tasks = ended
+    clock.now += seconds
+    assert decided.are_due() is due
+
+
+def test_decisions_take_a_small_part_of_the_time(decided: Roles, controller: Controller, clock: Clock) -> None:
+    controller.has_drifted, decided._took_seconds = True, 0.5
+    clock.now += 9.0
+    assert not decided.are_due()
+    clock.now += 2.0
+    assert decided.are_due()
+
+
+def test_a_forecast_ages(decided: Roles, clock: Clock) -> None:
+    decided._seconds.update({"job": 10.0, "never": math.inf})
+    clock.now += 4.0
+    assert decided.forecast_seconds == {"job": 6.0, "never": math.inf}
+    clock.now += 40.0
+    assert decided.forecast_seconds["job"] == 0.0
