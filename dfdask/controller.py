@@ -18,8 +18,8 @@ from dfdask.stragglers import STEP, Stragglers
 ANY_CLASS = "*"
 TURN_LOADS = 100
 """A worker that takes turns works so many times as long as its loads take: they cost it one per cent."""
-DRIFT = 0.05
-"""The logarithm by which a cost must change to be news: a little more than the gain that roles are changed for."""
+DRIFT = 0.1
+"""The logarithm by which a cost must change to be news: by chance, with tasks a fifth off, it changes less."""
 
 
 @dataclass(frozen=True, slots=True)

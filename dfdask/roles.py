@@ -20,7 +20,7 @@ DECIDE_SECONDS = 0.5
 """How often roles are reconsidered at most where nobody asks for it."""
 UNHURRIED_SECONDS = 20.0
 """How often at least, while tasks end."""
-SECONDS_PER_TASK = 1e-4
+SECONDS_PER_TASK = 5e-5
 """CPU time that this may take for each task: a small fleet's tasks are few, and a decision for it is not cheaper."""
 MOST_OF_THE_TIME = 0.05
 

@@ -90,7 +90,7 @@ def test_costs_that_moved_are_due_after_half_a_second(decided: Roles, controller
     assert decided.are_due()
 
 
-@pytest.mark.parametrize(("ended", "seconds", "due"), [(99, 19.0, False), (100, 19.0, True), (1, 21.0, True)])
+@pytest.mark.parametrize(("ended", "seconds", "due"), [(199, 19.0, False), (201, 19.0, True), (1, 21.0, True)])
 def test_without_news_tasks_or_time_must_pass(
     decided: Roles, controller: Controller, clock: Clock, ended: int, seconds: float, due: bool
 ) -> None:
