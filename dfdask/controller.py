@@ -167,7 +167,10 @@ class Controller:
     def used_memory(self, kind: Kind, device: str, working_bytes: int) -> None:
         """What a task took of its device's memory beside the weights."""
         if kind in self._left and device in self._kinds and working_bytes > 0:
-            self._working[self._jobs[kind[0]].model, kind[1], self._kinds[device].device_class] = working_bytes
+            key = self._jobs[kind[0]].model, kind[1], self._kinds[device].device_class
+            known = self._working.get(key)
+            self.has_drifted = self.has_drifted or not known or abs(math.log(working_bytes / known)) > DRIFT
+            self._working[key] = working_bytes
 
     def turn_items(self, run: str) -> float:
         """How many results in stock are worth it to workers that load stages in turn: more would only make results

@@ -58,6 +58,16 @@ def test_the_first_task_of_a_job_is_news(controller: Controller) -> None:
     assert controller.has_drifted, "what its results weigh is not known before"
 
 
+def test_memory_that_a_stage_is_found_to_take_is_news(controller: Controller) -> None:
+    controller.used_memory(KIND, "w0", 1000)
+    assert controller.has_drifted
+    controller.decide()
+    controller.used_memory(KIND, "w1", 1010)
+    assert not controller.has_drifted
+    controller.used_memory(KIND, "w1", 2000)
+    assert controller.has_drifted
+
+
 class Clock:
     """Stands in for ``time`` where only the clock decides."""
 
