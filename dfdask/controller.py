@@ -155,12 +155,13 @@ class Controller:
         if items:
             self._stragglers.observe(key, device, seconds / items)
         if load_seconds > 0:
-            known = self._loads.get(key, load_seconds)
-            self._loads[key] = known + 0.5 * (load_seconds - known)
-        decided_on = self._decided_on.setdefault((*key, items), believed)
-        is_first = self._left[kind] + items >= job.items
+            known = self._loads.get(key)
+            self._loads[key] = load_seconds if known is None else known + 0.5 * (load_seconds - known)
+            self._is_news(known, self._loads[key])
+        self._is_news(self._decided_on.setdefault((*key, items), believed), believed)
+        is_first, is_last = self._left[kind] + items >= job.items, not self._left[kind]
         slowed = self._stragglers.factor(device) != factor
-        self.has_drifted = self.has_drifted or is_first or slowed or abs(math.log(believed / decided_on)) > DRIFT
+        self.has_drifted = self.has_drifted or is_first or is_last or slowed
         self.ended_tasks += 1
         return believed * factor
 
@@ -168,9 +169,12 @@ class Controller:
         """What a task took of its device's memory beside the weights."""
         if kind in self._left and device in self._kinds and working_bytes > 0:
             key = self._jobs[kind[0]].model, kind[1], self._kinds[device].device_class
-            known = self._working.get(key)
-            self.has_drifted = self.has_drifted or not known or abs(math.log(working_bytes / known)) > DRIFT
+            self._is_news(self._working.get(key), working_bytes)
             self._working[key] = working_bytes
+
+    def _is_news(self, known: float | None, now: float) -> None:
+        """That a cost was not ``known``, or has moved further than chance moves it."""
+        self.has_drifted = self.has_drifted or not known or abs(math.log(now / known)) > DRIFT
 
     def turn_items(self, run: str) -> float:
         """How many results in stock are worth it to workers that load stages in turn: more would only make results

@@ -52,6 +52,21 @@ def test_a_worker_that_slows_down_is_news(controller: Controller) -> None:
     assert controller.has_drifted
 
 
+def test_a_load_that_nobody_knew_of_is_news(controller: Controller) -> None:
+    controller.finished(KIND, 1, "w0", 2.0, load_seconds=2.0)
+    assert controller.has_drifted
+    controller.decide()
+    controller.finished(KIND, 1, "w1", 2.0, load_seconds=2.1)
+    assert not controller.has_drifted
+
+
+def test_the_end_of_a_stage_is_news(controller: Controller) -> None:
+    controller.finished(KIND, 9_899, "w0", 2.0 * 9_899)
+    controller.decide()
+    controller.finished(KIND, 1, "w0", 2.0)
+    assert controller.has_drifted, "who ran it has nothing to do"
+
+
 def test_the_first_task_of_a_job_is_news(controller: Controller) -> None:
     controller.add_job(JobFacts("other", "model", (StageFacts("stage"),), 100))
     controller.finished(("other", "stage"), 1, "w0", 2.0)
