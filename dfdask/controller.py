@@ -6,9 +6,10 @@ Pure: the gate tells it what happens and carries out its decisions, and so does 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from dfdask.cost import CostModel, TaskWork
 from dfdask.dispatch import Kind, Seat
@@ -18,6 +19,8 @@ from dfdask.stragglers import STEP, Stragglers
 ANY_CLASS = "*"
 TURN_LOADS = 100
 """A worker that takes turns works so many times as long as its loads take: they cost it one per cent."""
+KEPT_LOADS = 5
+"""A stage's loads count by the median of so many: the first comes from disk, the others from host memory."""
 DRIFT = 0.1
 """The logarithm by which a cost must change to be news: by chance, with tasks a fifth off, it changes less."""
 
@@ -87,7 +90,7 @@ class Controller:
         self._kinds: dict[str, _DeviceKind] = {}
         self._seats: dict[str, Seat] = {}
         self._stragglers = Stragglers()
-        self._loads: dict[tuple[str, str, str], float] = {}
+        self._loads: dict[tuple[str, str, str], deque[float]] = {}
         self._working: dict[tuple[str, str, str], int] = {}
         self._ahead: dict[Kind, float] = {}
         self._decided_on: dict[tuple[str, str, str, int], float] = {}
@@ -155,9 +158,10 @@ class Controller:
         if items:
             self._stragglers.observe(key, device, seconds / items)
         if load_seconds > 0:
-            known = self._loads.get(key)
-            self._loads[key] = load_seconds if known is None else known + 0.5 * (load_seconds - known)
-            self._is_news(known, self._loads[key])
+            loads = self._loads.setdefault(key, deque(maxlen=KEPT_LOADS))
+            known = median(loads) if loads else None
+            loads.append(load_seconds)
+            self._is_news(known, median(loads))
         self._is_news(self._decided_on.setdefault((*key, items), believed), believed)
         is_first, is_last = self._left[kind] + items >= job.items, not self._left[kind]
         slowed = self._stragglers.factor(device) != factor
@@ -269,7 +273,8 @@ class Controller:
 
     def _load_seconds(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> float:
         usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
-        return self._loads.get((job.model, stage.name, kind.device_class), usual)
+        loads = self._loads.get((job.model, stage.name, kind.device_class))
+        return median(loads) if loads else usual
 
     def _judge_speeds(self) -> None:
         for name, kind in self._kinds.items():

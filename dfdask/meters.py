@@ -10,15 +10,13 @@ from dfdask.stages.residency import resident_bytes
 if TYPE_CHECKING:
     from prometheus_client import Counter
 
-LOAD_SECONDS = 0.002  # that it takes at least to load or move weights
-
 
 def stage_done(stage: str, items: int, seconds: float, load_seconds: float) -> None:
-    """A stage call ended; ``load_seconds`` went into weights before it, next to nothing if they were there."""
+    """A stage call ended; ``load_seconds`` went into weights before it, 0 if they were there."""
     _show_residency()
     _counter("items", "Items that went through a stage").labels(stage).inc(items)
     _counter("stage_seconds", "Device seconds of stage calls").labels(stage).inc(seconds)
-    if load_seconds >= LOAD_SECONDS:
+    if load_seconds:
         _counter("loads", "Times that weights were loaded or moved for a stage").labels(stage).inc()
         _counter("load_seconds", "Seconds that went into weights").labels(stage).inc(load_seconds)
 

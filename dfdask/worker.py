@@ -93,8 +93,9 @@ def run_stage(
     try:
         asked = time.perf_counter()
         with _importing:
-            held = _ready(ref, stage, Hint.of(note.get("hint")))
-        load_seconds = time.perf_counter() - asked
+            held, came = _ready(ref, stage, Hint.of(note.get("hint")))
+        # Looking whether all is there takes time too, which says nothing of what a load takes.
+        load_seconds = time.perf_counter() - asked if came else 0.0
         started = time.time()
         if note.get("careful"):
             held, batch = _Announcing(held), batch.in_single_items()
@@ -106,10 +107,9 @@ def run_stage(
             raise
         return Batch((), problem=_too_little_memory(stage, batch, error))
     meters.stage_done(stage, sum(len(group.items) for group in batch.groups), result.seconds[stage], load_seconds)
-    told = {"start": started, "seconds": result.seconds[stage], "load_seconds": load_seconds}
-    holds = getattr(held, "holds", None)
-    if holds is not None:
-        told["holds"] = holds()
+    told: dict[str, Any] = {"start": started, "seconds": result.seconds[stage], "load_seconds": load_seconds}
+    if (holds := _holds(held)) is not None:
+        told["holds"] = holds
     facts = getattr(held, "facts", None)
     if facts is not None:
         told["facts"] = facts()
@@ -124,17 +124,24 @@ def _is_committed(location: Location, shard: int) -> bool:
         return False
 
 
-def _ready(ref: ModelRef, stage: str, hint: Hint) -> Stage:
-    """The stage with its weights where they are computed with."""
+def _ready(ref: ModelRef, stage: str, hint: Hint) -> tuple[Stage, bool]:
+    """The stage with its weights where they are computed with, and whether any had to come there."""
     tags = read_tags(get_worker().state.total_resources)
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
     held = held_stage(ref, stage, hint)
+    before = _holds(held)
     prepare = getattr(held, "prepare", None)
     if prepare is not None:
         prepare()
-    return held
+    return held, _holds(held) != before
+
+
+def _holds(held: Stage) -> list[str] | None:
+    """The components on its device, where it knows."""
+    holds = getattr(held, "holds", None)
+    return sorted(holds()) if holds is not None else None
 
 
 class _Announcing:

@@ -60,6 +60,13 @@ def test_a_load_that_nobody_knew_of_is_news(controller: Controller) -> None:
     assert not controller.has_drifted
 
 
+def test_a_load_counts_by_the_median(controller: Controller) -> None:
+    for load in (15.0, 0.5, 0.4, 0.0, 0.6):  # the first from disk, and one task that found all in place
+        controller.finished(KIND, 1, "w0", 2.0, load_seconds=load)
+    (work,) = controller.work()
+    assert work.options[next(iter(work.options))][0].load_seconds == pytest.approx(0.55)
+
+
 def test_the_end_of_a_stage_is_news(controller: Controller) -> None:
     controller.finished(KIND, 9_899, "w0", 2.0 * 9_899)
     controller.decide()

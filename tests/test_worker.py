@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,21 @@ def test_the_scheduler_learns_what_a_task_took(client: Client) -> None:
     call(client, run_stage, FAKE, "encode", ITEMS)
     found = client.sync(client.scheduler.stop_task_metadata, name="test")
     (told,) = (metadata["dfdask"] for metadata in found["metadata"].values())
-    assert told["seconds"] >= 0 and told["load_seconds"] >= 0 and told["start"] > 0
+    assert told["seconds"] >= 0 and told["load_seconds"] == 0 and told["start"] > 0
     assert FAKE.fake is not None and fake_component(FAKE.fake, "encode") not in told["holds"]
+
+
+def test_only_a_load_is_told_as_one(client: Client) -> None:
+    settings = FakeStages(weights={"encode": 1, "denoise": 1}, load_seconds=0.05)
+    ref = replace(FAKE, fake=settings)
+    client.sync(client.scheduler.start_task_metadata, name="test")
+    worker = next(iter(client.scheduler_info()["workers"]))
+    for stage in ("encode", "denoise", "denoise"):
+        client.submit(run_stage, ref, stage, ITEMS, pure=False, workers=worker).result(timeout=30)
+    found = client.sync(client.scheduler.stop_task_metadata, name="test")
+    tasks = sorted((metadata["dfdask"] for metadata in found["metadata"].values()), key=lambda told: told["start"])
+    assert [told["load_seconds"] >= 0.05 for told in tasks] == [True, True, False]
+    assert tasks[2]["load_seconds"] == 0, "a look at weights that are there is none"
 
 
 def test_a_problem_is_handed_on_to_the_client(client: Client, local: Location) -> None:
