@@ -1,8 +1,9 @@
-"""What stages take of a device's memory, and what bringing them there costs."""
+"""What stages take of a device's memory, what bringing them there costs, and the terms of a placement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,43 @@ class Option:
     working_bytes: int = 0
     load_seconds: float = 0.0
     streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What is left of one stage of a job; ``options`` by device class, none where it cannot run.
+
+    ``weight`` is the job's part of the fleet in relation to other jobs; ``ahead_items`` how many of the stage's
+    results may wait for the next stage: it limits the length of a turn.
+    """
+
+    job: str
+    stage: str
+    items: float
+    options: Mapping[str, Sequence[Option]]
+    weight: float = 1.0
+    ahead_items: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A worker: what it has on its device now, and the (job, stage) pairs that are its roles now."""
+
+    name: str
+    device_class: str = "cpu"
+    memory_bytes: int = 0
+    holds: frozenset[str] = frozenset()
+    runs: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A stage that a worker may run. A share of 0 is help: only when nothing of its own is ready."""
+
+    job: str
+    stage: str
+    share: float
+    option: Option
 
 
 def fits(options: Iterable[Option], memory_bytes: int) -> bool:

@@ -15,51 +15,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dfdask.capacity import Option as Option  # part of this interface
+from dfdask.capacity import Device as Device  # part of this interface, as the next three
+from dfdask.capacity import Option as Option
+from dfdask.capacity import Role as Role
+from dfdask.capacity import StageWork as StageWork
 from dfdask.capacity import fits, load_seconds
 from dfdask.fluid import Demand, Flow, Group, best_flow, fastest_seconds
 
 MARGIN = 0.03
 """The part by which a change must be better than none."""
 _MOST_COMBINATIONS = 256
+_MOST_LOST = 0.999
+"""Of a worker's time at most, by loads: a stage that nobody else runs must go on."""
 _NOTHING = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class StageWork:
-    """What is left of one stage of a job; ``options`` by device class, none where it cannot run.
-
-    ``weight`` is the job's part of the fleet in relation to other jobs; ``ahead_items`` how many of the stage's
-    results may wait for the next stage: it limits the length of a turn.
-    """
-
-    job: str
-    stage: str
-    items: float
-    options: Mapping[str, Sequence[Option]]
-    weight: float = 1.0
-    ahead_items: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A worker: what it has on its device now, and the (job, stage) pairs that are its roles now."""
-
-    name: str
-    device_class: str = "cpu"
-    memory_bytes: int = 0
-    holds: frozenset[str] = frozenset()
-    runs: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A stage that a worker may run. A share of 0 is help: only when nothing of its own is ready."""
-
-    job: str
-    stage: str
-    share: float
-    option: Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,15 +279,23 @@ class _Fleet:
         return _Judged(groups, cells, flow)
 
     def _flow(self, groups: Mapping[_Key, list[int]], cells: Mapping[_Key, _Cell]) -> Flow:
-        rows = []
+        lost: dict[_Key, list[tuple[int, float]]] = {}  # how many of a group's devices lose how many seconds each
         for key, members in groups.items():
             cell = cells[key]
             held = Counter(self.devices[number].holds for number in members)
-            lost = sum(count * load_seconds(cell.options.values(), holds) for holds, count in held.items())
-            lost += cell.turns_seconds * len(members)
-            part = min(lost / self.horizon_seconds, 0.99 * len(members)) if self.horizon_seconds else 0.0
-            seconds = {place: option.seconds_per_item for place, option in cell.options.items()}
-            rows.append(Group(len(members) - part, seconds))
+            lost[key] = [
+                (count, load_seconds(cell.options.values(), holds) + cell.turns_seconds)
+                for holds, count in held.items()
+            ]
+        # All work together until the end: W seconds of work and L of loads on n workers take (W + L) / n. Who would
+        # still be loading by then is of no use.
+        all_lost = sum(count * seconds for entries in lost.values() for count, seconds in entries)
+        until_seconds = self.horizon_seconds + all_lost / max(len(self.devices), 1)
+        rows = []
+        for key, entries in lost.items():
+            parts = (count * min(seconds / until_seconds, _MOST_LOST) for count, seconds in entries if seconds)
+            seconds_per_item = {place: option.seconds_per_item for place, option in cells[key].options.items()}
+            rows.append(Group(len(groups[key]) - sum(parts), seconds_per_item))
         return best_flow(rows, self.demands, self._seconds)
 
     def _together(self, kind: _Class, places: tuple[int, ...]) -> _Cell | None:
@@ -361,21 +337,39 @@ class _Fleet:
     # -- the result
 
     def roles(self, judged: _Judged) -> dict[str, tuple[Role, ...]]:
-        """By device: its own stages by share, then those that fit beside them and that it may help with."""
+        """By device: its own stages by share, then those that it may help with."""
+        alike: dict[tuple[_Key, frozenset[str]], tuple[Role, ...]] = {}
+        key_of = {
+            number: (key, place) for place, (key, members) in enumerate(judged.groups.items()) for number in members
+        }
         found = {}
-        for (key, members), shares in zip(judged.groups.items(), judged.flow.shares, strict=True):
-            kind, _ = key
-            own = sorted(shares, key=lambda place: -shares[place])
-            options = {place: judged.cells[key].options[place] for place in own}
-            for place in sorted(self.fastest[kind], key=lambda place: -self._needs[place]):
-                if place not in options and fits([*options.values(), self.fastest[kind][place]], kind[1]):
-                    options[place] = self.fastest[kind][place]
-            roles = tuple(
-                Role(self.works[place].job, self.works[place].stage, shares.get(place, 0.0) / len(members), option)
-                for place, option in options.items()
-            )
-            found.update({self.devices[number].name: roles for number in members})
-        return {device.name: found[device.name] for device in self.devices}
+        for number, device in enumerate(self.devices):
+            key, group = key_of[number]
+            if (key, device.holds) not in alike:
+                size = len(judged.groups[key])
+                shares = {place: share / size for place, share in judged.flow.shares[group].items()}
+                options = {
+                    place: judged.cells[key].options[place] for place in sorted(shares, key=lambda p: -shares[p])
+                }
+                options = self._with_help(key[0], options, device.holds, judged.flow.seconds)
+                alike[key, device.holds] = tuple(
+                    Role(self.works[place].job, self.works[place].stage, shares.get(place, 0.0), option)
+                    for place, option in options.items()
+                )
+            found[device.name] = alike[key, device.holds]
+        return found
+
+    def _with_help(
+        self, kind: _Class, own: dict[int, Option], holds: frozenset[str], seconds: Mapping[str, float]
+    ) -> dict[int, Option]:
+        """And those stages that fit beside its ``own``, if it can load what it lacks of them before their job ends."""
+        options = dict(own)
+        for place in sorted(self.fastest[kind], key=lambda place: -self._needs[place]):
+            option = self.fastest[kind][place]
+            in_time = load_seconds([option], holds) < seconds.get(self.works[place].job, math.inf)
+            if place not in options and in_time and fits([*options.values(), option], kind[1]):
+                options[place] = option
+        return options
 
 
 def _class(device: Device) -> _Class:

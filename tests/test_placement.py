@@ -222,3 +222,22 @@ def test_a_small_gain_moves_nobody() -> None:
     devices = present(devices, place(load(3.0), devices))
     assert place(load(3.05), devices).policy == "as it is"
     assert place(load(1.0), devices).policy != "as it is"
+
+
+@given(st.integers(1, 400), st.integers(1, 6), st.integers(1, 6), st.floats(0.1, 20))
+@settings(max_examples=200, deadline=None)
+def test_towards_the_end_nobody_loads_what_ends_before_it_is_there(
+    items: int, ready: int, others: int, load: float
+) -> None:
+    table = {"fast": options(0.15, "decode", 1, load, False)}
+    names = ["decode"] * ready + ["denoise"] * others
+    devices = [
+        Device(f"w{number}", "fast", 1, frozenset({name}), (("job", name),)) for number, name in enumerate(names)
+    ]
+    work = StageWork("job", "denoise", 0, {"fast": options(0.4, "denoise", 1, load, False)})
+    placement = place([work, StageWork("job", "decode", items, table)], devices)
+    alone_seconds = items * 0.15 / ready
+    if alone_seconds < load:
+        assert not any(placement.roles[device.name] for device in devices[ready:]), "neither roles nor help"
+    elif alone_seconds > 2 * load + 0.05 * alone_seconds:
+        assert all(placement.roles[device.name] for device in devices), "everyone is worth the load"
