@@ -157,17 +157,22 @@ class Controller:
         self.costs.observe(*key, work, seconds / factor)
         if items:
             self._stragglers.observe(key, device, seconds / items)
-        if load_seconds > 0:
-            loads = self._loads.setdefault(key, deque(maxlen=KEPT_LOADS))
-            known = median(loads) if loads else None
-            loads.append(load_seconds)
-            self._is_news(known, median(loads))
+        self.loaded(kind, device, load_seconds)
         self._is_news(self._decided_on.setdefault((*key, items), believed), believed)
         is_first, is_last = self._left[kind] + items >= job.items, not self._left[kind]
         slowed = self._stragglers.factor(device) != factor
         self.has_drifted = self.has_drifted or is_first or is_last or slowed
         self.ended_tasks += 1
         return believed * factor
+
+    def loaded(self, kind: Kind, device: str, seconds: float) -> None:
+        """Weights came to the device within ``seconds``; 0 where they were there."""
+        if kind in self._left and device in self._kinds and seconds > 0:
+            key = self._jobs[kind[0]].model, kind[1], self._kinds[device].device_class
+            loads = self._loads.setdefault(key, deque(maxlen=KEPT_LOADS))
+            known = median(loads) if loads else None
+            loads.append(seconds)
+            self._is_news(known, median(loads))
 
     def used_memory(self, kind: Kind, device: str, working_bytes: int) -> None:
         """What a task took of its device's memory beside the weights."""

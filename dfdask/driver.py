@@ -6,6 +6,7 @@ The driver keeps no state that matters: what is done is what the store says.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import queue
 import time
 from collections import deque
@@ -96,8 +97,7 @@ class Driver:
         """
         for plugin in scheduler_plugins():
             self._client.register_plugin(plugin, name=plugin.name)
-        if self._work.ref.fake is None:
-            self._client.register_plugin(Preload())
+        self._client.register_plugin(Preload(imports=self._work.ref.fake is None))
         todo = deque(self._work.shards)
         reason = "failed"
         try:
@@ -213,6 +213,7 @@ class Driver:
             client=self._client.id,
             job={
                 "run": work.token,
+                "ref": pickle.dumps(work.ref),
                 "name": work.store.location.name,
                 "output": str(work.store.location),
                 "model": work.cost_key,

@@ -38,6 +38,7 @@ from dfdask.roles import Roles
 from dfdask.stage_tasks import bytes_by_worker, home_of, kind_of, plain_key, stage_name, stage_wanted
 from dfdask.tags import read_tags, stage_resource
 from dfdask.telemetry import TELEMETRY, Telemetry
+from dfdask.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -65,7 +66,8 @@ class Gate(SchedulerPlugin):
         self.quarantine = Quarantine()
         self.flow = Flow(self.dispatcher, self.controller, self.ledger)
         self._telemetry = Telemetry(self.ledger, self.controller)
-        self._roles = Roles(self.dispatcher, self.controller, self.ledger)
+        self._warm_up = WarmUp(self.dispatcher, self.controller, self.ledger)
+        self._roles = Roles(self.dispatcher, self.controller, self.ledger, self._warm_up.role_changed)
         self._placed: dict[Any, str] = {}  # writes too
         self._writes: dict[Any, None] = {}
         self._counted: set[Any] = set()  # done tasks that Dask still knows: it may compute them again
@@ -112,6 +114,8 @@ class Gate(SchedulerPlugin):
         self.controller.add_job(
             JobFacts(run, job["model"], stages, job["items_left"], job["batch"], job.get("weight", 1.0))
         )
+        if (ref := job.get("ref")) is not None:
+            self._warm_up.refs[run] = ref
         now = time.time()
         account = self.ledger.jobs[run] = JobAccount(
             name=job["name"],
@@ -137,6 +141,7 @@ class Gate(SchedulerPlugin):
         self.ledger.note(JobEnded(time.time(), run, reason, *counts))
         self._ended.add(run)
         self._roles.forget(run)
+        self._warm_up.refs.pop(run, None)
         self._save_costs()
         self._reconsider(f"{account.name} ended")
 
@@ -326,6 +331,7 @@ class Gate(SchedulerPlugin):
                 del self._writes[key]
                 self._bind(key, home)
                 chosen[key] = "processing"
+        self._warm_up.begin(scheduler)
         self.seconds += time.thread_time() - started
         if chosen:
             # Dask takes recommendations from the end, so the first chosen comes last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dfdask.controller import Controller
@@ -28,8 +28,14 @@ MOST_OF_THE_TIME = 0.05
 class Roles:
     """``forecast_seconds`` until each job ends by the last decision, and the stages that are ``impossible`` here."""
 
-    def __init__(self, dispatcher: Dispatcher, controller: Controller, ledger: Ledger) -> None:
-        self._dispatcher, self._controller, self._ledger = dispatcher, controller, ledger
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        controller: Controller,
+        ledger: Ledger,
+        on_change: Callable[[str], None] = lambda worker: None,
+    ) -> None:
+        self._dispatcher, self._controller, self._ledger, self._on_change = dispatcher, controller, ledger, on_change
         self._seconds: dict[str, float] = {}
         self.impossible: dict[str, tuple[str, ...]] = {}
         self._decided = 0.0
@@ -63,6 +69,7 @@ class Roles:
                 self._dispatcher.seat(address, decision.seats[address])
                 own_before, own = _own(before), _own(shares)
                 if own_before.keys() != own.keys():
+                    self._on_change(address)
                     self._ledger.note(
                         RolesChanged(time.time(), address, own_before, own, reason, placement.policy, seconds, stay)
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from dfdask.store import RunStore
 from dfdask.tags import read_tags
 from dfdask.targets import Location
 from dfdask.telemetry import TELEMETRY
+from dfdask.warm_up import WARM_UP
 
 if TYPE_CHECKING:
     from dfdask.stages.check import Inspected
@@ -42,12 +44,31 @@ _importing = threading.Lock()
 
 
 class Preload(WorkerPlugin):
-    """Imports torch and the pipeline's classes while the worker waits for its first task."""
+    """Has the worker load before its first task: stages when the gate says so, and with ``imports`` the libraries."""
 
     name = "dfdask-preload"
 
+    def __init__(self, imports: bool = True) -> None:
+        self._imports = imports
+
     def setup(self, worker: Any) -> None:
-        threading.Thread(target=_import_heavy, daemon=True, name="dfdask-preload").start()
+        if self._imports:
+            threading.Thread(target=_import_heavy, daemon=True, name="dfdask-preload").start()
+
+        async def warm_up(ref: bytes, stage: str) -> dict[str, Any] | None:
+            return await asyncio.to_thread(_warm_up, worker, ref, stage)
+
+        worker.handlers[WARM_UP] = warm_up
+
+
+def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
+    """Have a stage's weights where they are computed with, unless there is something to do by now."""
+    began = time.perf_counter()
+    with _importing:
+        if worker.state.executing_count or worker.state.ready:
+            return None
+        held, came = _ready(pickle.loads(ref), stage, Hint(), worker)
+    return {"seconds": time.perf_counter() - began if came else 0.0, "holds": _holds(held) or []}
 
 
 def _import_heavy() -> None:
@@ -93,7 +114,7 @@ def run_stage(
     try:
         asked = time.perf_counter()
         with _importing:
-            held, came = _ready(ref, stage, Hint.of(note.get("hint")))
+            held, came = _ready(ref, stage, Hint.of(note.get("hint")), get_worker())
         # Looking whether all is there takes time too, which says nothing of what a load takes.
         load_seconds = time.perf_counter() - asked if came else 0.0
         started = time.time()
@@ -124,9 +145,9 @@ def _is_committed(location: Location, shard: int) -> bool:
         return False
 
 
-def _ready(ref: ModelRef, stage: str, hint: Hint) -> tuple[Stage, bool]:
+def _ready(ref: ModelRef, stage: str, hint: Hint, worker: Any) -> tuple[Stage, bool]:
     """The stage with its weights where they are computed with, and whether any had to come there."""
-    tags = read_tags(get_worker().state.total_resources)
+    tags = read_tags(worker.state.total_resources)
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))

@@ -2,7 +2,7 @@
 
 python tests/bench/elastic.py [--cases steady,shift,...] [--repeats 3] [--items 600] [--json FILE]
 
-The share is of the ideal seconds for all items, by the seconds from the first task's begin to the last task's end;
+The share is of the ideal seconds for all items, by the seconds from the job's start at the gate to the last task's end;
 ``after the first`` leaves out the time until the first item was through. The gap is that between a worker's task and
 its next. The machine should be quiet: eight workers sleep most of the time, and the scheduler needs a core of its own
 when batches are short.
@@ -111,7 +111,7 @@ def run_case(case: Case) -> Outcome:
         client.close()
         fleet.close()
     done = [event for event in events if event["event"] == "TaskDone"]
-    first = min(event["start"] - event["load_seconds"] for event in done)
+    first = next(event["when"] for event in events if event["event"] == "JobStarted" and event["items"] == case.items)
     seconds = max(event["start"] + event["seconds"] for event in done) - first
     busy = sum(event["seconds"] + event["load_seconds"] for event in done)
     through = sorted(event["start"] + event["seconds"] for event in done if event["stage"] == list(FIRST)[-1])
