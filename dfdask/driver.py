@@ -240,7 +240,7 @@ class Driver:
         if self._client.status != "running":
             return
         with contextlib.suppress(OSError, TimeoutError, AttributeError, StorageError):
-            self._ask("dfdask_end_job", run=self._work.token, reason=reason)
+            self._ask("dfdask_end_job", run=self._work.token, reason=reason, client=self._client.id)
             if reason != UNWRITABLE:
                 self._keep_events()
 

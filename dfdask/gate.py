@@ -116,26 +116,25 @@ class Gate(SchedulerPlugin):
         )
         if (ref := job.get("ref")) is not None:
             self._warm_up.refs[run] = ref
-        now = time.time()
-        account = self.ledger.jobs[run] = JobAccount(
-            name=job["name"],
-            output=job["output"],
-            items=job["items"],
-            committed_items=job["committed_items"],
-            failed_items=job["failed_items"],
-            started=now,
-            client=client,
-        )
+        now, known = time.time(), self.ledger.jobs.get(run)
+        told = {name: job[name] for name in ("name", "output", "items", "committed_items", "failed_items")}
+        clients = {client or "", *(known.clients if known else ())}
+        account = self.ledger.jobs[run] = JobAccount(**told, started=now, clients=clients)
         for stage in stages:
             account.stage(stage.name)
         self.ledger.note(JobStarted(now, run, job["name"], job["output"], job["items"]))
         self._reconsider(f"{job['name']} began")
         return number
 
-    def end_job(self, run: str, reason: str = "finished") -> None:
-        account = self.ledger.jobs.pop(run, None)
+    def end_job(self, run: str, reason: str = "finished", client: str | None = None) -> None:
+        """For this client; for all of them where it names none. Others may have submitted the same run."""
+        account = self.ledger.jobs.get(run)
         if account is None:
             return
+        account.clients.discard(client or "")
+        if client and account.clients:
+            return
+        del self.ledger.jobs[run]
         self.controller.remove_job(run)
         counts = account.items, account.committed_items, account.failed_items
         self.ledger.note(JobEnded(time.time(), run, reason, *counts))
@@ -146,8 +145,8 @@ class Gate(SchedulerPlugin):
         self._reconsider(f"{account.name} ended")
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
-        for run in [run for run, account in self.ledger.jobs.items() if account.client == client]:
-            self.end_job(run, "its client went away")
+        for run in [run for run, account in self.ledger.jobs.items() if client in account.clients]:
+            self.end_job(run, "its client went away", client)
 
     def _stranger(self, kind: Kind) -> None:
         """A task of a job that no client announced: it is served like any other, with costs of its own."""
@@ -156,7 +155,7 @@ class Gate(SchedulerPlugin):
         stages = (*(known.stages if known else ()), StageFacts(stage))
         self.controller.add_job(JobFacts(run, run, stages, 0))
         if run not in self.ledger.jobs:
-            self.ledger.jobs[run] = JobAccount(run, "", 0, 0, 0, time.time(), None)
+            self.ledger.jobs[run] = JobAccount(run, "", 0, 0, 0, time.time(), set())
         self.ledger.jobs[run].stage(stage)
         self._reconsider(f"{run} came")
 
@@ -360,7 +359,7 @@ class Gate(SchedulerPlugin):
         """Forget jobs that ended, and unannounced ones that have been done for a while."""
         now = time.time()
         for run, account in list(self.ledger.jobs.items()):
-            unannounced = account.client is None and not account.items
+            unannounced = not account.clients and not account.items
             if unannounced and now - account.started > STRANGER_SECONDS and not self.dispatcher.has_work(run):
                 self.end_job(run)
         for run in [run for run in self._ended if not self.dispatcher.has_work(run)]:

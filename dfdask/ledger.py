@@ -40,7 +40,7 @@ class StageAccount:
 
 @dataclass
 class JobAccount:
-    """A job as its client described it, and what the cluster did for it since."""
+    """A job as its ``clients`` described it, and what the cluster did for it since; none announced it: no clients."""
 
     name: str
     output: str
@@ -48,7 +48,7 @@ class JobAccount:
     committed_items: int
     failed_items: int
     started: float
-    client: str | None
+    clients: set[str]
     stages: dict[str, StageAccount] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageAccount:

@@ -46,7 +46,7 @@ class Cluster:
         self.controller.decide()
 
     def announce(self, run: str, items: int) -> None:
-        self.ledger.jobs[run] = JobAccount(run, "", items, 0, 0, 0.0, None)
+        self.ledger.jobs[run] = JobAccount(run, "", items, 0, 0, 0.0, set())
 
     def waiting(self, kind: Kind = ENCODE) -> tuple[int, int]:
         account = self.ledger.jobs[kind[0]].stage(kind[1])

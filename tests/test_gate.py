@@ -217,11 +217,12 @@ async def test_a_stage_without_a_worker_waits_and_others_go_on(
         check_accounts(scheduler)
 
 
-def announce(scheduler: Scheduler, run: str = "run", items: int = 100, **more: Any) -> None:
+def announce(scheduler: Scheduler, run: str = "run", items: int = 100, by: str | None = None, **more: Any) -> None:
     """Tell the gate of a job of three stages, as the driver does."""
     stages = [{"name": stage, **more.pop(stage, {})} for stage in STAGES]
     job = {"name": run, "output": run, "model": run, "items": items, "items_left": items, "batch": 1}
-    gate_of(scheduler).start_job({"run": run, "stages": stages, "committed_items": 0, "failed_items": 0, **job, **more})
+    job |= {"run": run, "stages": stages, "committed_items": 0, "failed_items": 0, **more}
+    gate_of(scheduler).start_job(job, client=by)
 
 
 @gated((), ("encode",))
@@ -417,6 +418,23 @@ async def test_a_gate_that_comes_late_finds_what_waits(client: Client, scheduler
     await client.register_plugin(Gate(), name=NAME)
     assert await client.gather(last) == [[worker.address for worker in workers]] * 5
     check_accounts(scheduler)
+
+
+@gated(())
+async def test_a_run_goes_on_as_long_as_one_of_its_clients_does(
+    client: Client, scheduler: Scheduler, worker: Worker
+) -> None:
+    gate = gate_of(scheduler)
+    for by in ("one", "two", "three"):
+        announce(scheduler, by=by)
+    gate.end_job("run", client="two")
+    gate.remove_client(scheduler, "three")
+    assert "run" in gate.ledger.jobs
+    gate.end_job("run", client="one")
+    assert "run" not in gate.ledger.jobs
+    announce(scheduler, by="one")
+    gate.end_job("run")
+    assert "run" not in gate.ledger.jobs, "for all of them"
 
 
 @gated(("encode",), ())

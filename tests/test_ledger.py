@@ -55,7 +55,7 @@ def test_averages_stay_among_what_was_seen(tasks: list[tuple[int, float, int, fl
 
 
 def test_a_job_makes_the_books_of_its_stages_once() -> None:
-    job = JobAccount("demo", "out", 8, 0, 0, 0.0, None)
+    job = JobAccount("demo", "out", 8, 0, 0, 0.0, set())
     job.stage("encode").done_items = 3
     assert job.stage("encode").done_items == 3 and list(job.stages) == ["encode"]
 

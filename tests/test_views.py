@@ -31,7 +31,7 @@ class Books:
             self.dispatcher.join(name, Seat())
         for run, weight in (("r1", 1.0), ("r2", 3.0)):
             self.controller.add_job(JobFacts(run, "model", tuple(map(StageFacts, STAGES)), 40, 4, weight))
-            account = self.ledger.jobs[run] = JobAccount(f"job {run}", f"out/{run}", 40, 8, 1, 5.0, None)
+            account = self.ledger.jobs[run] = JobAccount(f"job {run}", f"out/{run}", 40, 8, 1, 5.0, set())
             for stage in STAGES:
                 account.stage(stage)
         self.ledger.workers["a"].shares = {("r1", "encode"): 0.25, ("r2", "encode"): 0.5, ("r1", "denoise"): 0.25}
@@ -112,7 +112,7 @@ def test_without_workers_nothing_is_predicted(books: Books) -> None:
 
 def test_a_stage_that_was_not_announced_is_shown_without_a_prediction(books: Books) -> None:
     books.ledger.jobs["r1"].stage("extra").done_items = 3
-    books.ledger.jobs["r3"] = JobAccount("r3", "", 0, 0, 0, 0.0, None)
+    books.ledger.jobs["r3"] = JobAccount("r3", "", 0, 0, 0, 0.0, set())
     books.ledger.jobs["r3"].stage("encode")
     state = books.state()
     extra = state.jobs[0].stages[2]

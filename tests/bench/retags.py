@@ -4,7 +4,8 @@ python tests/bench/retags.py [--retags 1000] [--workers 8] [--kills 0]
 
 The scheduler gives a random worker another single stage every few milliseconds, beside what the controller decides.
 A change is timed until the first task of the new role is placed on the worker; one that the next change overtakes, or
-whose stage has nothing ready, is not. ``--kills`` SIGKILLs so many workers meanwhile; their nannies start others.
+whose stage has nothing that may start, is not. ``--kills`` SIGKILLs so many workers meanwhile; their nannies start
+others.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ async def retag(count: int, dask_scheduler: Any = None) -> dict[str, Any]:
                     waiting.pop(worker, None)
                 done += 1
         await asyncio.sleep(PAUSE_SECONDS / 8)
+        for worker, (stage, _) in list(waiting.items()):
+            if not any(gate.dispatcher.startable_items(kind) > 0 for kind in kinds if kind[1] == stage):
+                del waiting[worker]  # others took what there was, or too many results wait
     gate._bind = bind
     return {"retags": done, "took": took}
 
