@@ -93,6 +93,7 @@ class Controller:
         self._loads: dict[tuple[str, str, str], deque[float]] = {}
         self._working: dict[tuple[str, str, str], int] = {}
         self._ahead: dict[Kind, float] = {}
+        self._paused: set[str] = set()
         self._decided_on: dict[tuple[str, str, str, int], float] = {}
         self.has_drifted = False
         self.ended_tasks = 0
@@ -115,8 +116,10 @@ class Controller:
     @property
     def works_ahead(self) -> bool:
         """Whether workers must load something to follow the work: a large stock of results saves them changes."""
-        alike = {(self._kinds[name], seat) for name, seat in self._seats.items()}  # few, however large the fleet
-        return any(seat.turns or self._would_load(kind, seat) for kind, seat in alike)
+        alike = {  # few, however large the fleet
+            (self._kinds[name], self._devices[name].memory_bytes, seat) for name, seat in self._seats.items()
+        }
+        return any(seat.turns or self._would_load(kind, memory, seat) for kind, memory, seat in alike)
 
     def add_device(self, device: Device, only: frozenset[str] = frozenset()) -> None:
         """A worker came; it may run ``only`` those stages where there are any."""
@@ -124,7 +127,19 @@ class Controller:
         self._kinds[device.name] = _DeviceKind(device.device_class, 0, only)
         self._seats.setdefault(device.name, Seat(()))
 
+    def pause(self, name: str, paused: bool = True) -> bool:
+        """Count on a device or not; returns whether that is new."""
+        if name not in self._devices or paused == (name in self._paused):
+            return False
+        (self._paused.add if paused else self._paused.discard)(name)
+        return True
+
+    def seat(self, name: str) -> Seat | None:
+        """What a device that is counted on may run."""
+        return None if name in self._paused else self._seats.get(name)
+
     def remove_device(self, name: str) -> None:
+        self._paused.discard(name)
         self._devices.pop(name, None)
         self._kinds.pop(name, None)
         self._seats.pop(name, None)
@@ -153,15 +168,15 @@ class Controller:
         factor = self._stragglers.factor(device)
         work = TaskWork(items)
         key = job.model, kind[1], worker.device_class
-        believed = self.costs.seconds(*key, work)
+        believed, is_first = self.costs.seconds(*key, work), not self.costs.count(*key)
         self.costs.observe(*key, work, seconds / factor)
         if items:
             self._stragglers.observe(key, device, seconds / items)
         self.loaded(kind, device, load_seconds)
         self._is_news(self._decided_on.setdefault((*key, items), believed), believed)
-        is_first, is_last = self._left[kind] + items >= job.items, not self._left[kind]
+        is_first = is_first or self._left[kind] + items >= job.items  # what its results weigh was not known
         slowed = self._stragglers.factor(device) != factor
-        self.has_drifted = self.has_drifted or is_first or is_last or slowed
+        self.has_drifted = self.has_drifted or is_first or not self._left[kind] or slowed
         self.ended_tasks += 1
         return believed * factor
 
@@ -266,15 +281,18 @@ class Controller:
             seconds.update(dict.fromkeys(seconds.keys() - set(measured), usual))
         return {kind: each / self._jobs[kind[0]].weight for kind, each in seconds.items()}
 
-    def _would_load(self, kind: _DeviceKind, seat: Seat) -> bool:
+    def _would_load(self, kind: _DeviceKind, memory_bytes: int, seat: Seat) -> bool:
         """Whether a worker with this seat may run stages that it cannot keep beside its own."""
         here = {*(seat.own or ()), *seat.helps}
-        return any(
-            (job.name, stage.name) not in here and not kind.only and self._load_seconds(job, stage, kind) > 0
-            for job in self._jobs.values()
-            for stage in job.stages
-            if self._left[job.name, stage.name]
-        )
+        weights: dict[str, int] = {}
+        working, lacks = 0, False
+        for job in self._jobs.values():
+            for stage in job.stages:
+                if self._left[job.name, stage.name]:
+                    weights.update(stage.weights)
+                    working = max(working, stage.working_bytes)
+                    lacks |= (job.name, stage.name) not in here and self._load_seconds(job, stage, kind) > 0
+        return lacks and not kind.only and sum(weights.values()) + working > memory_bytes
 
     def _load_seconds(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> float:
         usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
@@ -288,7 +306,11 @@ class Controller:
                 self._kinds[name] = replace(kind, level=level)
 
     def _devices_by_kind(self) -> list[Device]:
-        return [replace(device, device_class=self._kinds[name].name) for name, device in self._devices.items()]
+        return [
+            replace(device, device_class=self._kinds[name].name)
+            for name, device in self._devices.items()
+            if name not in self._paused
+        ]
 
     def _options(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> Sequence[Option]:
         if kind.only and stage.name not in kind.only:

@@ -22,8 +22,12 @@ def vector(numbers: Any) -> Vector:
 
 
 def matrix(rows: Any) -> Matrix:
-    """Raises TypeError or ValueError for anything but four rows of four finite numbers."""
+    """Raises TypeError or ValueError for anything but four rows of four finite numbers that `solve` can take."""
     a, b, c, d = map(vector, rows)
+    try:
+        solve((a, b, c, d), (1.0, 1.0, 1.0, 1.0))
+    except ZeroDivisionError:
+        raise ValueError(f"singular: {rows!r}") from None
     return a, b, c, d
 
 

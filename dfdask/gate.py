@@ -22,14 +22,7 @@ from dfdask import views
 from dfdask.controller import Controller, JobFacts, StageFacts
 from dfdask.cost_file import load_costs, save_costs
 from dfdask.dispatch import Dispatcher, Kind, Seat
-from dfdask.events import (
-    ClusterState,
-    ItemQuarantined,
-    JobEnded,
-    JobStarted,
-    WorkerJoined,
-    WorkerLeft,
-)
+from dfdask.events import ClusterState, ItemQuarantined, JobEnded, JobStarted, WorkerJoined, WorkerLeft
 from dfdask.flow import Flow
 from dfdask.ledger import JobAccount, Ledger, WorkerAccount
 from dfdask.placement import Device
@@ -66,7 +59,7 @@ class Gate(SchedulerPlugin):
         self.quarantine = Quarantine()
         self.flow = Flow(self.dispatcher, self.controller, self.ledger)
         self._telemetry = Telemetry(self.ledger, self.controller)
-        self._warm_up = WarmUp(self.dispatcher, self.controller, self.ledger)
+        self._warm_up = WarmUp(self.dispatcher, self.controller, self.ledger, self._wake)
         self._roles = Roles(self.dispatcher, self.controller, self.ledger, self._warm_up.role_changed)
         self._placed: dict[Any, str] = {}  # writes too
         self._writes: dict[Any, None] = {}
@@ -86,15 +79,13 @@ class Gate(SchedulerPlugin):
         self._scheduler = scheduler
         self.controller.costs.learn(load_costs())
         scheduler.handlers.update(
-            {
-                "dfdask_start_job": self.start_job,
-                "dfdask_end_job": self.end_job,
-                "dfdask_progress": self.progress,
-                "dfdask_state": self.state_of_all,
-                "dfdask_events": self.events_since,
-                "dfdask_forecast": self.forecast,
-                "dfdask_drain": self.drain,
-            }
+            dfdask_start_job=self.start_job,
+            dfdask_end_job=self.end_job,
+            dfdask_progress=self.progress,
+            dfdask_state=self.state_of_all,
+            dfdask_events=self.events_since,
+            dfdask_forecast=self.forecast,
+            dfdask_drain=self.drain,
         )
         for address in scheduler.workers:
             self.add_worker(scheduler, address)
@@ -194,15 +185,14 @@ class Gate(SchedulerPlugin):
             self.quarantine.began(plain_key(msg["key"]), int(msg["item"]))
         # The only word of a worker that has begun or gone on to run: it is not among the running when it is added.
         elif isinstance(msg, dict) and msg.get("action") == "worker-status-change" and topic in self.ledger.workers:
-            self.dispatcher.pause(topic, msg.get("status") != Status.running.name or topic in self._draining)
-            self._wake()
+            self._pause(topic, msg.get("status") != Status.running.name or topic in self._draining)
 
     async def drain(self, workers: list[str], timeout: float = 600.0) -> list[str]:
         """Give these workers nothing more and wait until they have done what they hold; returns those that have."""
         here = [worker for worker in workers if worker in self.ledger.workers]
         for worker in here:
             self._draining.add(worker)
-            self.dispatcher.pause(worker)
+            self._pause(worker)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and any(self._busy(worker) for worker in here):
             await asyncio.sleep(0.02)
@@ -210,8 +200,15 @@ class Gate(SchedulerPlugin):
         for worker in set(here) - set(drained):
             self._draining.discard(worker)
             if worker in self.ledger.workers:
-                self.dispatcher.pause(worker, self._scheduler.workers[worker] not in self._scheduler.running)
+                self._pause(worker, self._scheduler.workers[worker] not in self._scheduler.running)
         return drained
+
+    def _pause(self, worker: str, paused: bool = True) -> None:
+        """Give it nothing new, and count on others for its roles, until it goes on."""
+        self.dispatcher.pause(worker, paused)
+        if self.controller.pause(worker, paused):
+            self._reconsider(f"{self.ledger.workers[worker].name} {'paused' if paused else 'goes on'}")
+        self._wake()
 
     def _busy(self, worker: str) -> bool:
         state = self._scheduler.workers.get(worker)
@@ -314,6 +311,8 @@ class Gate(SchedulerPlugin):
         self._pump_is_due = False
         if self._reasons or self._roles.are_due():
             self._decide()
+        else:
+            self._roles.look_again(self._wake)
         scheduler, now = self._scheduler, time.time()
         chosen: dict[Any, str] = {}
         for assignment in self.dispatcher.assign(self._holders):

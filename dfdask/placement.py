@@ -287,10 +287,15 @@ class _Fleet:
                 (count, load_seconds(cell.options.values(), holds) + cell.turns_seconds)
                 for holds, count in held.items()
             ]
-        # All work together until the end: W seconds of work and L of loads on n workers take (W + L) / n. Who would
-        # still be loading by then is of no use.
+        # All work together until the end: W seconds of work and L of loads on n workers take (W + L) / n, and no less
+        # than the load of a stage that nobody has ready. Who would still be loading by then is of no use.
         all_lost = sum(count * seconds for entries in lost.values() for count, seconds in entries)
-        until_seconds = self.horizon_seconds + all_lost / max(len(self.devices), 1)
+        soonest: dict[int, float] = {}
+        for key, entries in lost.items():
+            least = min(seconds for _, seconds in entries)
+            soonest.update((place, min(least, soonest.get(place, least))) for place in cells[key].options)
+        wait = max(all_lost / max(len(self.devices), 1), *soonest.values(), 0.0)
+        until_seconds = self.horizon_seconds + wait
         rows = []
         for key, entries in lost.items():
             parts = (count * min(seconds / until_seconds, _MOST_LOST) for count, seconds in entries if seconds)
@@ -357,6 +362,16 @@ class _Fleet:
                     for place, option in options.items()
                 )
             found[device.name] = alike[key, device.holds]
+        for place, work in enumerate(self.works):  # what is too little for the solver's tolerance must be done too
+            able = [device for device in self.devices if place in self.fastest[_class(device)]]
+            if able and not any(
+                role.share > 0 and (role.job, role.stage) == (work.job, work.stage)
+                for roles in alike.values()
+                for role in roles
+            ):
+                roles = [role for role in found[able[0].name] if (role.job, role.stage) != (work.job, work.stage)]
+                option = self.fastest[_class(able[0])][place]
+                found[able[0].name] = (*roles, Role(work.job, work.stage, _NOTHING, option))
         return found
 
     def _with_help(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ DECIDE_SECONDS = 0.5
 """How often roles are reconsidered at most where nobody asks for it."""
 UNHURRIED_SECONDS = 20.0
 """How often at least, while tasks end."""
+PART_OF_THE_REST = 0.1
+"""Of the time that the first job to end has left: what is worth a load is not when its end is near."""
 SECONDS_PER_TASK = 5e-5
 """CPU time that this may take for each task: a small fleet's tasks are few, and a decision for it is not cheaper."""
 MOST_OF_THE_TIME = 0.05
@@ -40,6 +43,7 @@ class Roles:
         self.impossible: dict[str, tuple[str, ...]] = {}
         self._decided = 0.0
         self._took_seconds = 0.0
+        self._looks_again = False
 
     @property
     def forecast_seconds(self) -> dict[str, float]:
@@ -52,7 +56,19 @@ class Roles:
         passed, took, controller = time.monotonic() - self._decided, self._took_seconds, self._controller
         if passed <= max(DECIDE_SECONDS, took / MOST_OF_THE_TIME):
             return False
-        return controller.has_drifted or took <= controller.ended_tasks * SECONDS_PER_TASK or passed > UNHURRIED_SECONDS
+        unhurried = min([UNHURRIED_SECONDS, *(PART_OF_THE_REST * seconds for seconds in self._seconds.values())])
+        return controller.has_drifted or took <= controller.ended_tasks * SECONDS_PER_TASK or passed > unhurried
+
+    def look_again(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` when news that came too soon may be considered: the next task to end may be a minute off."""
+        if self._controller.has_drifted and not self._looks_again:
+            self._looks_again = True
+
+            def look() -> None:
+                self._looks_again = False
+                wake()
+
+            asyncio.get_running_loop().call_later(DECIDE_SECONDS, look)
 
     def decide(self, scheduler: Scheduler, reason: str) -> None:
         """Reconsider all roles. What is assigned already stays where it is."""

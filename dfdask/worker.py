@@ -24,7 +24,7 @@ from dfdask.quarantine import KILLS_TO_BLAME
 from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
 from dfdask.stages.budget import MEMORY_BYTES
 from dfdask.stages.model import ModelRef
-from dfdask.stages.residency import DEVICE_CLASS, held_stage
+from dfdask.stages.residency import DEVICE_CLASS, held_stage, loaded_here
 from dfdask.store import RunStore
 from dfdask.tags import read_tags
 from dfdask.targets import Location
@@ -46,10 +46,9 @@ _importing = threading.Lock()
 class Preload(WorkerPlugin):
     """Has the worker load before its first task: stages when the gate says so, and with ``imports`` the libraries."""
 
-    name = "dfdask-preload"
-
     def __init__(self, imports: bool = True) -> None:
         self._imports = imports
+        self.name = "dfdask-preload" if imports else "dfdask-warm-up"  # neither takes the other's place
 
     def setup(self, worker: Any) -> None:
         if self._imports:
@@ -63,9 +62,9 @@ class Preload(WorkerPlugin):
 
 def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
     """Have a stage's weights where they are computed with, unless there is something to do by now."""
-    began = time.perf_counter()
     with _importing:
-        if worker.state.executing_count or worker.state.ready:
+        began = time.perf_counter()
+        if worker.state.executing_count or worker.state.ready or worker.state.in_flight_tasks_count:
             return None
         held, came = _ready(pickle.loads(ref), stage, Hint(), worker)
     return {"seconds": time.perf_counter() - began if came else 0.0, "holds": _holds(held) or []}
@@ -112,11 +111,11 @@ def run_stage(
     if note.get("poison"):
         batch = batch.without(note["poison"], f"{stage}: given up: its worker died {KILLS_TO_BLAME} times")
     try:
-        asked = time.perf_counter()
         with _importing:
+            asked = time.perf_counter()
             held, came = _ready(ref, stage, Hint.of(note.get("hint")), get_worker())
-        # Looking whether all is there takes time too, which says nothing of what a load takes.
-        load_seconds = time.perf_counter() - asked if came else 0.0
+            # Looking whether all is there takes time too, which says nothing of what a load takes.
+            load_seconds = time.perf_counter() - asked if came else 0.0
         started = time.time()
         if note.get("careful"):
             held, batch = _Announcing(held), batch.in_single_items()
@@ -151,12 +150,12 @@ def _ready(ref: ModelRef, stage: str, hint: Hint, worker: Any) -> tuple[Stage, b
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
+    before = loaded_here()
     held = held_stage(ref, stage, hint)
-    before = _holds(held)
     prepare = getattr(held, "prepare", None)
     if prepare is not None:
         prepare()
-    return held, _holds(held) != before
+    return held, loaded_here() != before
 
 
 def _holds(held: Stage) -> list[str] | None:

@@ -41,3 +41,5 @@ def test_a_matrix_has_four_rows() -> None:
     assert matrix(rows) == rows
     with pytest.raises(ValueError):
         matrix(rows[:3])
+    with pytest.raises(ValueError, match="singular"):
+        matrix([[0.0] * 4] * 4)

@@ -241,3 +241,17 @@ def test_towards_the_end_nobody_loads_what_ends_before_it_is_there(
         assert not any(placement.roles[device.name] for device in devices[ready:]), "neither roles nor help"
     elif alone_seconds > 2 * load + 0.05 * alone_seconds:
         assert all(placement.roles[device.name] for device in devices), "everyone is worth the load"
+
+
+def test_a_stage_of_next_to_nothing_is_done_too() -> None:
+    little = StageWork("job", "encode", 1, {"fast": options(9e-5, "encode", 1, 0.0, False)})
+    much = StageWork("job", "denoise", 2000, {"fast": options(1.1, "denoise", 1, 0.0, False)})
+    placement = place([little, much], [Device("w0", "fast", 1)])
+    assert {role.stage for role in placement.roles["w0"] if role.share > 0} == {"encode", "denoise"}
+
+
+def test_a_long_load_that_somebody_must_take_is_part_of_the_forecast() -> None:
+    loads = {"a": 60.0, "b": 10.0, "c": 10.0}
+    work = [StageWork("job", name, 20, {"fast": options(1.0, name, 1, load, False)}) for name, load in loads.items()]
+    placement = place(work, [Device(f"w{number}", "fast", 1) for number in range(4)])
+    assert 30 < placement.seconds["job"] < 200, "not for ever"

@@ -52,6 +52,21 @@ def test_a_worker_that_slows_down_is_news(controller: Controller) -> None:
     assert controller.has_drifted
 
 
+def test_the_first_task_on_a_class_of_devices_is_news(controller: Controller) -> None:
+    controller.add_device(Device("other", "slow"))
+    controller.decide()
+    controller.finished(KIND, 1, "other", 30.0)
+    assert controller.has_drifted
+
+
+def test_a_paused_worker_has_no_part_in_a_decision(controller: Controller) -> None:
+    assert controller.pause("w0") and not controller.pause("w0")
+    assert controller.decide().placement.roles.keys() == {"w1", "w2", "w3"}
+    assert controller.seat("w0") is None
+    assert controller.pause("w0", False)
+    assert "w0" in controller.decide().placement.roles
+
+
 def test_a_load_that_nobody_knew_of_is_news(controller: Controller) -> None:
     controller.finished(KIND, 1, "w0", 2.0, load_seconds=2.0)
     assert controller.has_drifted

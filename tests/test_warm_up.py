@@ -46,20 +46,32 @@ def test_later_stages_load_beside_the_first(three: Client, tmp_path: Path) -> No
     assert all(seconds >= LOAD_SECONDS for seconds in loads), "it counts as loading all the same"
 
 
-def test_a_model_that_cannot_be_loaded_fails_its_task_and_no_worker(three: Client, tmp_path: Path) -> None:
+def test_a_stage_that_cannot_be_loaded_is_left_to_its_task(three: Client, tmp_path: Path) -> None:
+    async def call(dask_scheduler: Any) -> list[bool]:
+        """With a reference that nobody can read, as the gate calls."""
+        gate = dask_scheduler.plugins["dfdask-gate"]
+        warm_up, worker = gate._warm_up, next(iter(dask_scheduler.workers))
+        run, stage = "bad", "encode"
+        warm_up.refs[run] = b"no pickle"
+        await warm_up._call(dask_scheduler, worker, (run, stage))
+        return [worker in warm_up._calls, gate.ledger.workers[worker].idle_since is None]
+
     job = {"model": {"fake": {"stages": STAGES}}, "prompts": ["one"]}
-
-    async def call(dask_scheduler: Any) -> str:
-        from dfdask.warm_up import WARM_UP
-
-        worker = next(iter(dask_scheduler.workers))
-        try:
-            await getattr(dask_scheduler.rpc(worker), WARM_UP)(ref=b"no pickle", stage="encode")
-        except Exception as error:
-            return str(error)
-        return ""
-
     dfdask.submit(job, output=str(tmp_path / "first"), client=three).wait(timeout=60)
-    assert "load key" in three.run_on_scheduler(call)
+    assert three.run_on_scheduler(call) == [False, False]
     run = dfdask.submit(job, output=str(tmp_path / "second"), client=three).wait(timeout=60)
     assert run.progress.committed_items == 1
+
+
+def test_a_worker_that_takes_turns_loads_what_its_work_needs_first(tmp_path: Path) -> None:
+    fleet = LocalFleet([WorkerGroup(count=1, memory=1)])
+    client = Client(fleet.address, set_as_default=False)
+    fake = {"stages": STAGES, "weights": dict.fromkeys(STAGES, 1), "load_seconds": LOAD_SECONDS}
+    job = {"model": {"fake": fake}, "batch": 1, "shard": 1, "prompts": ["one"]}
+    for name in ("first", "second"):  # of the second the costs are known
+        dfdask.submit(job, output=str(tmp_path / name), client=client).wait(timeout=60)
+    loads = [event["load_seconds"] >= LOAD_SECONDS for event in tasks(client)]
+    (worker,) = client.sync(client.scheduler.dfdask_state)["workers"]
+    client.close()
+    fleet.close()
+    assert loads == [True] * 6 and worker["load_seconds"] < 7 * LOAD_SECONDS, "nothing was loaded in vain"

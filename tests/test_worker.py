@@ -14,10 +14,10 @@ from stored import new_run
 
 from dfdask.errors import ModelError, StorageError
 from dfdask.items import Item
-from dfdask.spec import FakeStages
+from dfdask.spec import FakeStages, JobSpec
 from dfdask.stages.batch import Batch, Group
 from dfdask.stages.fake import fake_component
-from dfdask.stages.model import ModelRef
+from dfdask.stages.model import ModelRef, model_ref
 from dfdask.store import RunStore
 from dfdask.targets import Location
 from dfdask.telemetry import TELEMETRY
@@ -69,6 +69,17 @@ def test_only_a_load_is_told_as_one(client: Client) -> None:
     tasks = sorted((metadata["dfdask"] for metadata in found["metadata"].values()), key=lambda told: told["start"])
     assert [told["load_seconds"] >= 0.05 for told in tasks] == [True, True, False]
     assert tasks[2]["load_seconds"] == 0, "a look at weights that are there is none"
+
+
+def test_reading_a_real_model_is_told_as_a_load(client: Client) -> None:
+    ref = model_ref(JobSpec(model="bundled", prompts=["a cat"]))
+    client.sync(client.scheduler.start_task_metadata, name="test")
+    worker = next(iter(client.scheduler_info()["workers"]))
+    for _ in range(2):
+        client.submit(run_stage, ref, "encode", ITEMS, pure=False, workers=worker).result(timeout=60)
+    found = client.sync(client.scheduler.stop_task_metadata, name="test")
+    tasks = sorted((metadata["dfdask"] for metadata in found["metadata"].values()), key=lambda told: told["start"])
+    assert [told["load_seconds"] > 0 for told in tasks] == [True, False]
 
 
 def test_a_problem_is_handed_on_to_the_client(client: Client, local: Location) -> None:

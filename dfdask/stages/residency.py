@@ -70,6 +70,12 @@ def resident_bytes() -> int:
     return fake + sum(residency.used_bytes() for residency in list(_residencies.values()))
 
 
+def loaded_here() -> object:
+    """Equal to what it was before, unless this process loaded or moved a stage's weights since."""
+    fake = sorted(_fake_device.held) if _fake_device is not None else []
+    return fake, [(device, each.loads, each.holds()) for device, each in list(_residencies.items())]
+
+
 class Residency:
     """All that one device of this process holds, within ``device_bytes`` on it and ``host_bytes`` in host memory.
 
