@@ -345,7 +345,7 @@ class _Fleet:
         """By device: its own stages by share, then those that it may help with."""
         alike: dict[tuple[_Key, frozenset[str]], tuple[Role, ...]] = {}
         key_of = {
-            number: (key, place) for place, (key, members) in enumerate(judged.groups.items()) for number in members
+            number: (key, group) for group, (key, members) in enumerate(judged.groups.items()) for number in members
         }
         found = {}
         for number, device in enumerate(self.devices):
@@ -353,25 +353,21 @@ class _Fleet:
             if (key, device.holds) not in alike:
                 size = len(judged.groups[key])
                 shares = {place: share / size for place, share in judged.flow.shares[group].items()}
-                options = {
-                    place: judged.cells[key].options[place] for place in sorted(shares, key=lambda p: -shares[p])
-                }
+                own = sorted(shares, key=lambda place: -shares[place])
+                options = {place: judged.cells[key].options[place] for place in own}
                 options = self._with_help(key[0], options, device.holds, judged.flow.seconds)
                 alike[key, device.holds] = tuple(
                     Role(self.works[place].job, self.works[place].stage, shares.get(place, 0.0), option)
                     for place, option in options.items()
                 )
             found[device.name] = alike[key, device.holds]
+        served = {(role.job, role.stage) for roles in alike.values() for role in roles if role.share > 0}
         for place, work in enumerate(self.works):  # what is too little for the solver's tolerance must be done too
-            able = [device for device in self.devices if place in self.fastest[_class(device)]]
-            if able and not any(
-                role.share > 0 and (role.job, role.stage) == (work.job, work.stage)
-                for roles in alike.values()
-                for role in roles
-            ):
-                roles = [role for role in found[able[0].name] if (role.job, role.stage) != (work.job, work.stage)]
-                option = self.fastest[_class(able[0])][place]
-                found[able[0].name] = (*roles, Role(work.job, work.stage, _NOTHING, option))
+            pair = work.job, work.stage
+            able = (device for device in self.devices if place in self.fastest[_class(device)])
+            if pair not in served and (first := next(able, None)) is not None:
+                others = [role for role in found[first.name] if (role.job, role.stage) != pair]
+                found[first.name] = (*others, Role(*pair, _NOTHING, self.fastest[_class(first)][place]))
         return found
 
     def _with_help(

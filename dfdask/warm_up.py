@@ -54,7 +54,10 @@ class WarmUp:
 
     async def _call(self, scheduler: Scheduler, worker: str, kind: Kind) -> None:
         run, stage = kind
-        account = self._ledger.workers[worker]
+        account = self._ledger.workers.get(worker)
+        if account is None:
+            self._calls.pop(worker, None)
+            return
         account.set_busy(time.time())  # not idle: the time counts as loading
         told: dict[str, Any] | None = None
         try:
