@@ -243,7 +243,7 @@ def test_a_users_mistake_shows_no_traceback(damaged: Path, tmp_path: Path) -> No
 
 
 def test_ctrl_c_while_the_cluster_starts_leaves_no_process(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text("model: {fake: {stages: {generate: 9.0}}}\nprompts: [a cat]\nworkers: 2\n")
+    (tmp_path / "job.yaml").write_text("model: {fake: {stages: {generate: 90.0}}}\nprompts: [a cat]\nworkers: 2\n")
     process = command(tmp_path, "run", "job.yaml")
     try:
         until(lambda: len(family(process.pid)) > 2, 60, "the first worker processes")
