@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from dfdask.capacity import fits
 from dfdask.cost import CostModel, TaskWork
 from dfdask.dispatch import Kind, Seat
 from dfdask.placement import MARGIN, Device, Option, Placement, StageWork, place
@@ -284,15 +285,12 @@ class Controller:
     def _would_load(self, kind: _DeviceKind, memory_bytes: int, seat: Seat) -> bool:
         """Whether a worker with this seat may run stages that it cannot keep beside its own."""
         here = {*(seat.own or ()), *seat.helps}
-        weights: dict[str, int] = {}
-        working, lacks = 0, False
-        for job in self._jobs.values():
-            for stage in job.stages:
-                if self._left[job.name, stage.name]:
-                    weights.update(stage.weights)
-                    working = max(working, stage.working_bytes)
-                    lacks |= (job.name, stage.name) not in here and self._load_seconds(job, stage, kind) > 0
-        return lacks and not kind.only and sum(weights.values()) + working > memory_bytes
+        waiting = [(job, one) for job in self._jobs.values() for one in job.stages if self._left[job.name, one.name]]
+        if kind.only or not any(
+            (job.name, stage.name) not in here and self._load_seconds(job, stage, kind) > 0 for job, stage in waiting
+        ):
+            return False
+        return not fits([option for work in waiting for option in self._options(*work, kind)], memory_bytes)
 
     def _load_seconds(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> float:
         usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))

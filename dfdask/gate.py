@@ -98,7 +98,7 @@ class Gate(SchedulerPlugin):
 
     # -- jobs
 
-    def start_job(self, job: dict[str, Any], client: str | None = None) -> int:
+    def start_job(self, job: dict[str, Any], client: str = "") -> int:
         """A client is about to submit tasks of ``job``. Returns the number of its first event."""
         run, number = job["run"], self.ledger.next_number
         stages = tuple(StageFacts(**stage) for stage in job["stages"])
@@ -109,7 +109,7 @@ class Gate(SchedulerPlugin):
             self._warm_up.refs[run] = ref
         now, known = time.time(), self.ledger.jobs.get(run)
         told = {name: job[name] for name in ("name", "output", "items", "committed_items", "failed_items")}
-        clients = {client or "", *(known.clients if known else ())}
+        clients = {client, *(known.clients if known else ())}
         account = self.ledger.jobs[run] = JobAccount(**told, started=now, clients=clients)
         for stage in stages:
             account.stage(stage.name)
@@ -117,12 +117,12 @@ class Gate(SchedulerPlugin):
         self._reconsider(f"{job['name']} began")
         return number
 
-    def end_job(self, run: str, reason: str = "finished", client: str | None = None) -> None:
+    def end_job(self, run: str, reason: str = "finished", client: str = "") -> None:
         """For this client; for all of them where it names none. Others may have submitted the same run."""
         account = self.ledger.jobs.get(run)
         if account is None:
             return
-        account.clients.discard(client or "")
+        account.clients.discard(client)
         if client and account.clients:
             return
         del self.ledger.jobs[run]

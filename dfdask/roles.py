@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -56,7 +57,8 @@ class Roles:
         passed, took, controller = time.monotonic() - self._decided, self._took_seconds, self._controller
         if passed <= max(DECIDE_SECONDS, took / MOST_OF_THE_TIME):
             return False
-        unhurried = min([UNHURRIED_SECONDS, *(PART_OF_THE_REST * seconds for seconds in self._seconds.values())])
+        rest = min((seconds for seconds in self._seconds.values() if seconds > 0), default=math.inf)
+        unhurried = min(UNHURRIED_SECONDS, PART_OF_THE_REST * rest)
         return controller.has_drifted or took <= controller.ended_tasks * SECONDS_PER_TASK or passed > unhurried
 
     def look_again(self, wake: Callable[[], None]) -> None:

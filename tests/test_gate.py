@@ -217,7 +217,7 @@ async def test_a_stage_without_a_worker_waits_and_others_go_on(
         check_accounts(scheduler)
 
 
-def announce(scheduler: Scheduler, run: str = "run", items: int = 100, by: str | None = None, **more: Any) -> None:
+def announce(scheduler: Scheduler, run: str = "run", items: int = 100, by: str = "", **more: Any) -> None:
     """Tell the gate of a job of three stages, as the driver does."""
     stages = [{"name": stage, **more.pop(stage, {})} for stage in STAGES]
     job = {"name": run, "output": run, "model": run, "items": items, "items_left": items, "batch": 1}

@@ -44,18 +44,8 @@ LAYERS: dict[str, set[str]] = {
     "models": {"stages", "bundled"},
     "dask": {
         *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
-        *(
-            "gate",
-            "roles",
-            "warm_up",
-            "stage_tasks",
-            "telemetry",
-            "cost_file",
-            "elastic",
-            "backends",
-            "plugins",
-            "meters",
-        ),
+        *("gate", "roles", "warm_up", "stage_tasks", "telemetry", "cost_file"),
+        *("elastic", "backends", "plugins", "meters"),
     },
     "tools": {"simulate", "evaluate", "plan"},
     "face": {
