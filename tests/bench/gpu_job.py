@@ -163,18 +163,13 @@ def plain(options: argparse.Namespace) -> None:
     measure("plain, resident, uncapped", made, options, BATCHES[options.model][:2], whole=2)
 
 
-def group(options: argparse.Namespace, stream: bool = True, record: bool = True) -> None:
-    """Diffusers' group offload of the denoiser and the large text encoders, the rest on the device, under the cap."""
+def offload_groups(made: Any, options: argparse.Namespace, stream: bool, record: bool) -> None:
+    """Diffusers' group offload of the denoiser and the large text encoders; the rest on the device."""
     import torch
     from diffusers.hooks import apply_group_offloading
 
-    cap(options)
-    made = pipeline(options)
-    began = time.perf_counter()
-    stream = stream and options.device == "cuda"
     settings: dict[str, Any] = {"onload_device": torch.device(options.device), "use_stream": stream}
-    settings["record_stream"] = record and stream
-    settings["non_blocking"] = options.device == "cuda"
+    settings.update(record_stream=record, non_blocking=options.device == "cuda")
     for component, part in made.components.items():
         if not isinstance(part, torch.nn.Module):
             continue
@@ -187,8 +182,18 @@ def group(options: argparse.Namespace, stream: bool = True, record: bool = True)
             part.to(options.device)
     if hasattr(made.vae, "enable_slicing"):
         made.vae.enable_slicing()
+
+
+def group(options: argparse.Namespace, stream: bool = True, record: bool = True) -> None:
+    """Diffusers' group offload, at each batch size, under the cap."""
+    cap(options)
+    made = pipeline(options)
+    began = time.perf_counter()
+    stream = stream and options.device == "cuda"
+    record = record and stream
+    offload_groups(made, options, stream, record)
     row(variant="group offload load", seconds=time.perf_counter() - began)
-    name = f"diffusers group offload, stream={stream}, record_stream={record and stream}, capped"
+    name = f"diffusers group offload, stream={stream}, record_stream={record}, capped"
     measure(name, made, options, BATCHES[options.model] if stream else (1,))
 
 
