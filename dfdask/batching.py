@@ -51,6 +51,14 @@ def default_shard_items(items: int, batch: int, bytes_per_item: int) -> int:
     return batch * max(1, min(batches_for_early_commits, most_items // batch))
 
 
+def even_batch(items: int, workers: int, most: int) -> int:
+    """So many items at once that all workers have equally much to do, in as few rounds as batches of ``most`` allow."""
+    if items < 0 or workers < 1 or most < 1:
+        raise ValueError(f"need items >= 0, workers >= 1, most >= 1, got {items}, {workers}, {most}")
+    rounds = max(-(-items // (most * workers)), 1)
+    return max(-(-items // (rounds * workers)), 1)
+
+
 def is_batchable(name: str, value: Any) -> bool:
     """Whether items with different values of this argument can share a call, the values travelling as a list.
 

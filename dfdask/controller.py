@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from dfdask.capacity import fits
-from dfdask.cost import CostModel, TaskWork
+from dfdask.cost import CostModel, ItemWork, TaskWork
 from dfdask.dispatch import Kind, Seat
 from dfdask.placement import MARGIN, Device, Option, Placement, StageWork, place
 from dfdask.stragglers import STEP, Stragglers
@@ -93,6 +93,7 @@ class Controller:
         self._stragglers = Stragglers()
         self._loads: dict[tuple[str, str, str], deque[float]] = {}
         self._working: dict[tuple[str, str, str], int] = {}
+        self._item_work: dict[tuple[str, str], ItemWork] = {}
         self._ahead: dict[Kind, float] = {}
         self._paused: set[str] = set()
         self._decided_on: dict[tuple[str, str, str, int], float] = {}
@@ -169,7 +170,7 @@ class Controller:
         factor = self._stragglers.factor(device)
         work = TaskWork(items)
         key = job.model, kind[1], worker.device_class
-        believed, is_first = self.costs.seconds(*key, work), not self.costs.count(*key)
+        believed, is_first = self._believed(*key, items), not self.costs.count(*key)
         self.costs.observe(*key, work, seconds / factor)
         if items:
             self._stragglers.observe(key, device, seconds / items)
@@ -180,6 +181,20 @@ class Controller:
         self.has_drifted = self.has_drifted or is_first or not self._left[kind] or slowed
         self.ended_tasks += 1
         return believed * factor
+
+    def wants_work(self, run: str) -> bool:
+        """Whether ``count_work`` would tell anything new of a job's model."""
+        job = self._jobs.get(run)
+        return job is not None and any((job.model, stage.name) not in self._item_work for stage in job.stages)
+
+    def count_work(self, run: str, works: Mapping[str, ItemWork]) -> bool:
+        """What an item of each stage has to do, for device classes that have not run it; whether any has not."""
+        job = self._jobs.get(run)
+        if job is None:
+            return False
+        self._item_work.update({(job.model, stage): work for stage, work in works.items()})
+        classes = {kind.device_class for kind in self._kinds.values()}
+        return not all(self.costs.count(job.model, stage, each) for stage in works for each in classes)
 
     def loaded(self, kind: Kind, device: str, seconds: float) -> None:
         """Weights came to the device within ``seconds``; 0 where they were there."""
@@ -265,22 +280,40 @@ class Controller:
     def seconds_per_item(self, kind: Kind, device_class: str) -> float:
         """As believed now, in batches of the job's size."""
         job = self._jobs[kind[0]]
-        return self.costs.seconds(job.model, kind[1], device_class, TaskWork(job.batch)) / job.batch
+        return self._believed(job.model, kind[1], device_class, job.batch) / job.batch
+
+    def knows(self, kind: Kind, device_class: str) -> bool:
+        """Whether what a stage takes there is more than a guess: measured, or counted for a device of known rates."""
+        model = self._jobs[kind[0]].model
+        counted = (model, kind[1]) in self._item_work and self.costs.rates_of(device_class) is not None
+        return counted or self.costs.count(model, kind[1], device_class) > 0
 
     def item_costs(self) -> dict[Kind, float]:
         """Seconds of an item on the commonest devices over its job's weight: what it takes of the job's fair share.
 
-        A stage that nobody has run yet counts like the mean of those that somebody has: a guess that is far off would
-        leave its job without its share until the next decision.
+        A stage of unknown cost counts like the mean of the others: a guess that is far off would leave its job without
+        its share until the next decision.
         """
         classes = Counter(device.device_class for device in self._devices.values()).most_common(1)
         common = classes[0][0] if classes else ""
         seconds = {kind: self.seconds_per_item(kind, common) for kind in self._left}
-        measured = [kind for kind in seconds if self.costs.count(self._jobs[kind[0]].model, kind[1], common)]
-        if measured:
-            usual = sum(seconds[kind] for kind in measured) / len(measured)
-            seconds.update(dict.fromkeys(seconds.keys() - set(measured), usual))
+        models = {kind: self._jobs[kind[0]].model for kind in seconds}
+        known = [
+            kind
+            for kind, model in models.items()
+            if (model, kind[1]) in self._item_work or self.costs.count(model, kind[1], common)
+        ]
+        if known:
+            usual = sum(seconds[kind] for kind in known) / len(known)
+            seconds.update(dict.fromkeys(seconds.keys() - set(known), usual))
         return {kind: each / self._jobs[kind[0]].weight for kind, each in seconds.items()}
+
+    def _believed(self, model: str, stage: str, device_class: str, items: int) -> float:
+        """Seconds of a task: by what tasks took, or else by what is to be done."""
+        counted = self._item_work.get((model, stage))
+        if counted is None or self.costs.count(model, stage, device_class):
+            return self.costs.seconds(model, stage, device_class, TaskWork(items))
+        return self.costs.first_seconds(model, stage, device_class, counted.work(items))
 
     def _would_load(self, kind: _DeviceKind, memory_bytes: int, seat: Seat) -> bool:
         """Whether a worker with this seat may run stages that it cannot keep beside its own."""

@@ -4,13 +4,14 @@ A task's seconds are modelled as ``fixed + per_item * items + linear_flops / a +
 would take by the prior is a feature; the model learns one factor for each by Bayesian linear regression on
 relative errors (Bishop, Pattern Recognition and Machine Learning, 2006, section 3.3), with exponential
 forgetting, Student-t weights against outliers (Lange, Little and Taylor, JASA 84, 1989) and a fresh start where
-several tasks in a row disagree. Pure: no clock, no files but the measured rates that come with the package.
+several tasks in a row disagree. Pure: no clock, no files but the rates that come with the package.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,22 @@ class TaskWork:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemWork:
+    """What one item of a stage has to do; ``call_bytes`` are moved once a call, however many items it has."""
+
+    linear_flops: float
+    attention_flops: float
+    item_bytes: float
+    call_bytes: float
+    calls: int
+
+    def work(self, items: int) -> TaskWork:
+        """Of a call of so many such items."""
+        moved = self.call_bytes + items * self.item_bytes
+        return TaskWork(items, items * self.linear_flops, items * self.attention_flops, moved, self.calls)
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Seconds of a task, and one standard deviation of what is not known of them."""
 
@@ -63,9 +80,12 @@ class Prediction:
     deviation_seconds: float
 
 
+_MIDDLING = DeviceRates(4e13, 5e13, 3e11)
+
+
 @cache
-def measured_rates() -> dict[str, DeviceRates]:
-    """By a part of the device's name, such as ``H100``; ``device_rates.json`` says where each comes from."""
+def known_rates() -> dict[str, DeviceRates]:
+    """By words of the device's name, such as ``H100``; ``device_rates.json`` says where each comes from."""
     table = json.loads(files("dfdask").joinpath("device_rates.json").read_text(encoding="utf-8"))
     return {
         name: DeviceRates(**{key: float(value) for key, value in entry.items() if key != "source"})
@@ -187,20 +207,20 @@ class StageModel:
 
 
 class CostModel:
-    """Predictions for all stages; ``rates`` are the prior's, by a part of the device class's name.
+    """Predictions for all stages; ``rates`` are the prior's, by words of the device class's name.
 
-    They are the measured ones unless others are given.
+    They are those that come with the package unless others are given.
     """
 
     def __init__(self, rates: Mapping[str, DeviceRates] | None = None) -> None:
-        self.rates = dict(measured_rates() if rates is None else rates)
+        self.rates = dict(known_rates() if rates is None else rates)
         self._rates_of: dict[str, DeviceRates | None] = {}
         self._models: dict[tuple[str, str, str], StageModel] = {}
 
     def rates_of(self, device_class: str) -> DeviceRates | None:
         """The prior's rates, or None where nothing is known of such a device."""
         if device_class not in self._rates_of:
-            named = (rates for name, rates in self.rates.items() if name.lower() in device_class.lower())
+            named = (rates for name, rates in self.rates.items() if _is_named(name, device_class))
             self._rates_of[device_class] = next(named, None)
         return self._rates_of[device_class]
 
@@ -213,6 +233,24 @@ class CostModel:
         """As ``predict``, where nobody asks how sure that is."""
         features = terms(work, self.rates_of(device_class))
         return self._model(model, stage, device_class, features).seconds(features)
+
+    def first_seconds(self, model: str, stage: str, device_class: str, work: TaskWork) -> float:
+        """What a class is believed to take that has not run the stage yet.
+
+        Its prior, times what classes that have run it took of theirs. Of a class of unknown rates, what others took;
+        where there are none, the prior of a middling device: what matters is how the stages compare.
+        """
+        rates = self.rates_of(device_class)
+        others = [other for one, same, other in self._models if (one, same) == (model, stage)]
+        taken = {other: self.rates_of(other) for other in others if self.count(model, stage, other)}
+        if rates is None and taken:
+            return self.seconds(model, stage, device_class, TaskWork(work.items))
+        ratios = [
+            self.seconds(model, stage, other, TaskWork(work.items)) / roofline_seconds(work, known)
+            for other, known in taken.items()
+            if known is not None
+        ]
+        return roofline_seconds(work, rates or _MIDDLING) * (median(ratios) if ratios else 1.0)
 
     def observe(self, model: str, stage: str, device_class: str, work: TaskWork, seconds: float) -> None:
         """A task of this work took ``seconds`` on the device, transfers left out."""
@@ -267,6 +305,13 @@ class CostModel:
         """Another class's factors to begin with: a slower device is slower at everything, at first sight."""
         for (other, same_stage, _), known in self._models.items():
             if (other, same_stage) == (model, stage) and known.count:
-                doubt = scaled(known.precision, (NOISE / 0.5) ** 2)
+                # As if from one task, and that half off: what many tasks made sure of there, nobody knows here.
+                counted = min(known.count, 1 / (1 - _FORGETTING))
+                doubt = scaled(known.precision, (NOISE / 0.5) ** 2 / counted)
                 return StageModel(known.mean, doubt, known.prior_precision)
         return None
+
+
+def _is_named(name: str, device_class: str) -> bool:
+    """Whether ``name`` is among the words of the class, whatever their case: L4 is not L40S."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", device_class.lower()) is not None

@@ -115,8 +115,7 @@ class Dispatcher:
 
     def is_blocked(self, worker: str) -> bool:
         """Whether something of the worker's own is ready that may not start: too many results wait."""
-        own = self._seats[worker].own
-        kinds = self._ready_items if own is None else own
+        kinds = self._ready_items if (own := self._seats[worker].own) is None else own
         return any(self._ready_items.get(kind, 0) > 0 and self.allowed_items(kind) <= 0 for kind in kinds)
 
     # -- tasks
@@ -183,8 +182,8 @@ class Dispatcher:
 
     def has_work(self, job: str) -> bool:
         """Whether anything of ``job`` is ready or assigned."""
-        ready = [kind for kind in self._ready_items if kind[0] == job]
-        return any(self._ready_items[kind] or self._running_items[kind] for kind in ready)
+        kinds = (kind for kind in self._ready_items if kind[0] == job)
+        return any(self._ready_items[kind] or self._running_items[kind] for kind in kinds)
 
     def allowed_items(self, kind: Kind) -> float:
         """How many items may start now without too many results waiting."""
@@ -212,9 +211,11 @@ class Dispatcher:
     def _round(self, holders: Callable[[Hashable], Mapping[str, int]], own: bool) -> list[Assignment]:
         found = []
         waiting: dict[str, list[tuple[Any, Kind, list[_Ability]]]] = defaultdict(list)
+        with_room = [ability for ability, levels in self._free.items() if any(levels[: self.depth])]
         for kind, heap in self._ready.items():
-            if self._peek(heap) is not None:
-                able = [ability for ability in self._free if (ability.owns(kind) if own else kind in ability.helps)]
+            key = self._peek(heap)
+            able = [ability for ability in with_room if (ability.owns(kind) if own else kind in ability.helps)]
+            if key is not None and (able or key in self._alone):
                 if own and (feeder := self._feeder(kind)) is not None:
                     able = [ability for ability in able if not ability.owns(feeder)]
                 # Those with the fewest abilities first: others are left for what only they can do.
@@ -225,8 +226,7 @@ class Dispatcher:
         while waiting:
             job = min(waiting, key=lambda name: self._served.get(name, 0.0))
             _, kind, able = waiting[job][-1]
-            placed = self._place_first(kind, able, holders)
-            if placed is not None:
+            if (placed := self._place_first(kind, able, holders)) is not None:
                 found.append(placed)
             else:
                 waiting[job].pop()

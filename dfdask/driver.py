@@ -214,6 +214,8 @@ class Driver:
             job={
                 "run": work.token,
                 "ref": pickle.dumps(work.ref),
+                # What all items cost is taken to be what the first one costs, until tasks tell.
+                "sample": pickle.dumps((work.ref, work.table.items(0, 1)[0])) if work.ref.fake is None else None,
                 "name": work.store.location.name,
                 "output": str(work.store.location),
                 "model": work.cost_key,

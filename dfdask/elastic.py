@@ -153,7 +153,7 @@ class Elastic(Adaptive):
 
     async def target(self) -> int:
         """Decide, from what the gate says is left."""
-        answer = await self.scheduler.dfdask_forecast()
+        answer = await self.scheduler.dfdask_forecast(classes=[kind.name for kind in self.classes])
         now = time.monotonic()
         fleet = await self._look(answer["workers"], now)
         works = [_work(entry) for entry in answer["works"]]

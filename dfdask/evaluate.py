@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dfdask.fluid import Demand, Group, best_flow
+from dfdask.linear import Entry, minimum
 
 _ACCURACY = 1e-4
 
@@ -67,21 +68,13 @@ def best_offline_seconds(
 
 def _possible(seconds: float, sets: list[tuple[int, ...]], lost: list[float], work: np.ndarray, workers: int) -> bool:
     """Whether some numbers of workers by set of stages have the time; columns: numbers, then time by set and stage."""
-    from scipy.optimize import Bounds, milp
-
     pairs = [(number, stage) for number, chosen in enumerate(sets) for stage in chosen]
-    columns = len(sets) + len(pairs)
-    rows = np.zeros((1 + len(sets) + len(work), columns))
-    lower, upper = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
-    rows[0, : len(sets)], upper[0] = 1, workers
-    upper[1 : 1 + len(sets)] = 0
-    lower[1 + len(sets) :] = work * (1 - 1e-9)
-    for number, seconds_lost in enumerate(lost):
-        rows[1 + number, number] = -max(seconds - seconds_lost, 0.0)
+    columns, sums = len(sets) + len(pairs), 1 + len(sets)
+    entries: list[Entry] = [(0, number, 1.0) for number in range(len(sets))]
+    entries += [(1 + number, number, -max(seconds - seconds_lost, 0.0)) for number, seconds_lost in enumerate(lost)]
     for column, (number, stage) in enumerate(pairs, start=len(sets)):
-        rows[1 + number, column] = 1
-        rows[1 + len(sets) + stage, column] = 1
-    whole = np.zeros(columns)
-    whole[: len(sets)] = 1
-    found = milp(np.zeros(columns), constraints=(rows, lower, upper), integrality=whole, bounds=Bounds(0, np.inf))
-    return found.x is not None
+        entries += [(1 + number, column, 1.0), (sums + stage, column, 1.0)]
+    lower, upper = np.full(sums + len(work), -np.inf), np.full(sums + len(work), np.inf)
+    upper[:sums] = [workers, *[0.0] * len(sets)]
+    lower[sums:] = work * (1 - 1e-9)
+    return minimum(np.zeros(columns), entries, upper, lower, whole=range(len(sets))) is not None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from dfdask.errors import SpecError
 from dfdask.fluid import Group
+from dfdask.linear import Entry, minimum
 from dfdask.placement import StageWork
 
 _STEP = 1.2
@@ -160,22 +161,18 @@ class Frontier:
         if all(group.seconds is groups[0][1].seconds for _, group in groups):  # one class
             seconds = sum(work.items * groups[0][1].seconds[place] for place, work in enumerate(self.works))
             return (seconds + sum(delay * group.workers for delay, group in groups)) / workers
-        from scipy.optimize import linprog
-
         edges = [(number, place) for number, (_, group) in enumerate(groups) for place in group.seconds]
         unit = self._least_seconds / workers  # so that all numbers are near one
-        rows, most = [], []
-        for number, (delay, group) in enumerate(groups):
-            rows.append([-group.workers, *(float(edge[0] == number) for edge in edges)])
-            most.append(-group.workers * delay / unit)
-        for place, work in enumerate(self.works):
-            seconds_each = [groups[number][1].seconds[where] if where == place else math.inf for number, where in edges]
-            rows.append([0.0, *(-unit / (seconds * work.items) for seconds in seconds_each)])
-            most.append(-1.0)
-        found = linprog([1.0, *[0.0] * len(edges)], A_ub=rows, b_ub=most, method="highs")
-        if found.x is None:  # feasible as every work has a class, so this is a fault of the solver's
-            raise RuntimeError(f"the fleet's linear program failed: {found.message}")
-        return float(found.x[0]) * unit
+        entries: list[Entry] = [(number, 0, -group.workers) for number, (_, group) in enumerate(groups)]
+        for column, (number, place) in enumerate(edges, start=1):
+            seconds = groups[number][1].seconds[place]
+            entries.append((number, column, 1.0))
+            entries.append((len(groups) + place, column, -unit / (seconds * self.works[place].items)))
+        most = [-group.workers * delay / unit for delay, group in groups] + [-1.0] * len(self.works)
+        found = minimum([1.0, *[0.0] * len(edges)], entries, most)
+        if found is None:
+            raise RuntimeError("every work has a class, and yet none can do them")
+        return float(found[0]) * unit
 
     @property
     def _least_seconds(self) -> float:
@@ -240,8 +237,6 @@ class Frontier:
         Empty where none can. Columns: workers by class and readiness, then each class's worker time a second at each
         stage.
         """
-        from scipy.optimize import linprog
-
         parts: list[tuple[WorkerClass, float, int]] = []  # class, the part of the horizon that each works, how many
         for kind in self.classes:
             delays = self._delays(kind)[: kind.maximum]
@@ -253,25 +248,24 @@ class Frontier:
             parts.append((kind, max(1 - sum(late) / len(late) / horizon, 0.0) if late else 0.0, len(late)))
             parts.append((kind, max(1 - kind.startup_seconds / horizon, 0.0), new))
         edges = [(kind, place) for kind in self.classes for place in self.seconds[kind.name]]
-        rows, most = [], []
-        for kind in self.classes:
-            mine = [float(one is kind) for one, *_ in parts]
-            works = [float(one is kind) for one, _ in edges]
-            rows.append([*(-own * part for own, (_, part, _) in zip(mine, parts, strict=True)), *works])
-            most.append(float(self.fleet.others.get(kind.name, 0)))  # no more work than workers
-            rows.append([*(-own for own in mine), *[0.0] * len(edges)])
-            most.append(-float(kind.minimum))
-        for place, work in enumerate(self.works):  # all of it
-            rate = [horizon / (self.seconds[kind.name][place] * work.items) if w == place else 0.0 for kind, w in edges]
-            rows.append([*[0.0] * len(parts), *(-value for value in rate)])
-            most.append(-1.0)
+        entries: list[Entry] = []
+        most: list[float] = []
+        row_of = {kind.name: 2 * number for number, kind in enumerate(self.classes)}
+        for kind in self.classes:  # no more work than workers, and no fewer workers than there must be
+            most += [float(self.fleet.others.get(kind.name, 0)), -float(kind.minimum)]
+        for column, (kind, part, _) in enumerate(parts):
+            entries += [(row_of[kind.name], column, -part), (row_of[kind.name] + 1, column, -1.0)]
+        for column, (kind, place) in enumerate(edges, start=len(parts)):  # all of the work
+            rate = horizon / (self.seconds[kind.name][place] * self.works[place].items)
+            entries += [(row_of[kind.name], column, 1.0), (len(most) + place, column, -rate)]
+        most += [-1.0] * len(self.works)
         top = max(self.weights.values(), default=1.0) or 1.0
         price = [self.weights[kind.name] / top + 1e-4 for kind, *_ in parts]
-        bounds = [(0.0, float(count)) for *_, count in parts] + [(0.0, None)] * len(edges)
-        found = linprog([*price, *[0.0] * len(edges)], A_ub=rows, b_ub=most, bounds=bounds, method="highs")
-        if found.x is None:
+        bounds = [float(count) for *_, count in parts] + [math.inf] * len(edges)
+        found = minimum([*price, *[0.0] * len(edges)], entries, most, most=bounds)
+        if found is None:
             return {}
         amounts = {kind.name: 0.0 for kind in self.classes}
-        for (kind, *_), value in zip(parts, found.x, strict=False):
+        for (kind, *_), value in zip(parts, found, strict=False):
             amounts[kind.name] += float(value)
         return amounts

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dfdask.linear import Entry, minimum
+
 _LEFTOVER = 1e-3
 
 
@@ -98,13 +100,10 @@ def _solve(
     edges: Sequence[tuple[int, int, float]],
 ) -> NDArray[np.float64]:
     """Columns: worker time on each edge, each job's speed (worker time of the fastest a second), the least share."""
-    from scipy.optimize import milp
-    from scipy.sparse import coo_array
-
     stage_rows = {place: len(groups) + number for number, place in enumerate(fastest)}
     job_rows = {job: len(groups) + len(stage_rows) + column for job, column in jobs.items()}
     least = len(edges) + len(jobs)
-    entries: list[tuple[int, int, float]] = []
+    entries: list[Entry] = []
     for column, (number, place, speed) in enumerate(edges):
         entries += [(number, column, 1.0), (stage_rows[place], column, -speed)]
     for place, row in stage_rows.items():
@@ -114,19 +113,14 @@ def _solve(
     weights = {demand.job: demand.weight for demand in demands}
     for job, row in job_rows.items():
         entries += [(row, len(edges) + jobs[job], -1.0), (row, least, weights[job])]
-    rows, columns, values = zip(*entries, strict=True)
-    size = (len(groups) + len(stage_rows) + len(job_rows), least + 1)
-    limits = np.zeros(size[0])
+    limits = np.zeros(len(groups) + len(stage_rows) + len(job_rows))
     limits[: len(groups)] = [group.workers for group in groups]
-    gain = np.zeros(size[1])
+    gain = np.zeros(least + 1)
     gain[len(edges) : least] = -_LEFTOVER
     gain[least] = -1
-    # Nothing here is an integer; `milp` is the same solver as `linprog` with a third of the preparation around it.
-    matrix = coo_array((values, (rows, columns)), shape=size).tocsr()
-    found = milp(gain, constraints=(matrix, -np.inf, limits))
-    if found.x is None:  # bounded and feasible (nothing at all is a flow), so this is a fault of the solver's
-        raise RuntimeError(f"the placement's linear program failed: {found.message}")
-    solution: NDArray[np.float64] = found.x
+    solution = minimum(gain, entries, limits)
+    if solution is None:
+        raise RuntimeError("nothing at all is a flow, and none was found")
     return solution
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from dfdask.controller import Controller, JobFacts, StageFacts
 from dfdask.cost_file import load_costs, save_costs
 from dfdask.dispatch import Dispatcher, Kind, Seat
 from dfdask.events import ClusterState, ItemQuarantined, JobEnded, JobStarted, WorkerJoined, WorkerLeft
+from dfdask.first_costs import FirstCosts
 from dfdask.flow import Flow
 from dfdask.ledger import JobAccount, Ledger, WorkerAccount
 from dfdask.placement import Device
@@ -60,6 +61,7 @@ class Gate(SchedulerPlugin):
         self.flow = Flow(self.dispatcher, self.controller, self.ledger)
         self._telemetry = Telemetry(self.ledger, self.controller)
         self._warm_up = WarmUp(self.dispatcher, self.controller, self.ledger, self._wake)
+        self._first_costs = FirstCosts(self.controller, self._reconsider)
         self._roles = Roles(self.dispatcher, self.controller, self.ledger, self._warm_up.role_changed)
         self._placed: dict[Any, str] = {}  # writes too
         self._writes: dict[Any, None] = {}
@@ -105,8 +107,9 @@ class Gate(SchedulerPlugin):
         self.controller.add_job(
             JobFacts(run, job["model"], stages, job["items_left"], job["batch"], job.get("weight", 1.0))
         )
-        if (ref := job.get("ref")) is not None:
-            self._warm_up.refs[run] = ref
+        if "ref" in job:
+            self._warm_up.refs[run] = job["ref"]
+        self._first_costs.ask(run, job.get("sample"))
         now, known = time.time(), self.ledger.jobs.get(run)
         told = {name: job[name] for name in ("name", "output", "items", "committed_items", "failed_items")}
         clients = {client, *(known.clients if known else ())}
@@ -330,6 +333,7 @@ class Gate(SchedulerPlugin):
                 self._bind(key, home)
                 chosen[key] = "processing"
         self._warm_up.begin(scheduler)
+        self._first_costs.begin(scheduler)
         self.seconds += time.thread_time() - started
         if chosen:
             # Dask takes recommendations from the end, so the first chosen comes last.
@@ -389,8 +393,8 @@ class Gate(SchedulerPlugin):
         """Events from ``number`` on as JSON-able data (pictures left out), and the number to ask from next."""
         return {"events": self.ledger.told_since(number, run), "next": self.ledger.next_number}
 
-    def forecast(self) -> dict[str, Any]:
-        return views.forecast(self.ledger, self.dispatcher, self.controller)
+    def forecast(self, classes: Sequence[str] = ()) -> dict[str, Any]:
+        return views.forecast(self.ledger, self.dispatcher, self.controller, classes)
 
     def _save_costs(self) -> None:
         save_costs(self.controller.costs.to_json())

@@ -56,6 +56,11 @@ class JobCluster:
             raise ClusterError("the cluster was closed")
         return self._client
 
+    def worker_count(self) -> int:
+        """How many workers there are, with those that were started here and are not there yet; at least 1."""
+        there = len(self.client().scheduler_info(n_workers=-1)["workers"])
+        return max(there, len(self._fleet.cluster.worker_spec) if self._fleet is not None else 0, 1)
+
     def close(self) -> None:
         """Close what was opened here; the user's own client stays."""
         self._thread.join()

@@ -272,10 +272,14 @@ class _Fleet:
             for key, shares in zip(groups, flow.shares, strict=True):
                 for place, share in shares.items():
                     rates[place] += share / cells[key].options[place].seconds_per_item
-            for (key, members), shares in zip(groups.items(), flow.shares, strict=True):
-                if together[key] is None:
-                    cells[key] = self._cheapest(key, shares, rates, len(members))
-            flow = self._flow(groups, cells)
+            turning = {
+                key: self._cheapest(key, shares, rates, len(members))
+                for (key, members), shares in zip(groups.items(), flow.shares, strict=True)
+                if together[key] is None
+            }
+            if any(cells[key] != cell for key, cell in turning.items()):  # else that is what the flow was made with
+                cells.update(turning)
+                flow = self._flow(groups, cells)
         return _Judged(groups, cells, flow)
 
     def _flow(self, groups: Mapping[_Key, list[int]], cells: Mapping[_Key, _Cell]) -> Flow:

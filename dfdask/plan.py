@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from dfdask.batching import even_batch
 from dfdask.cost import CostModel, Prediction, TaskWork
 from dfdask.errors import ModelError, SpecError
 from dfdask.items import Item
@@ -109,6 +110,8 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
     devices = parse_fleet(workers) if workers else _local(spec)
     total = len(table)
     batch = min(spec.batch, max(total, 1))
+    if "batch" not in spec.model_fields_set:
+        batch = even_batch(total, len(devices), most=spec.batch)
     sample = table.items(0, batch)
     works = _fake(spec, batch) if ref.fake else _counted(spec, sample)
     classes = sorted({device.device_class for device in devices})
@@ -209,7 +212,9 @@ def _counted(spec: JobSpec, sample: list[Item]) -> _Works:
                 f"model: the operations of {name} cannot be counted ({profile.problem}); "
                 "run a few items and plan from what they took"
             )
-    return {name: (profile.work(len(sample)), dict(profile.weight_bytes)) for name, profile in profiles.items()}
+    return {
+        name: (profile.item_work.work(len(sample)), dict(profile.weight_bytes)) for name, profile in profiles.items()
+    }
 
 
 def _doubt(stages: list[StageForecast]) -> float:

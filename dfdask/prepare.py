@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dfdask.batching import default_shard_items
+from dfdask.batching import default_shard_items, even_batch
 from dfdask.errors import RunChangedError, SpecError
 from dfdask.prompts import ItemTable
 from dfdask.spec import JobSpec, diff_specs
@@ -33,16 +33,20 @@ def create_store(
     client = cluster.client()  # no store is made for a job that cannot start
     checked = check_job(ref, table, partial(inspect_on_worker, client))
     check_roles(spec, checked.stages, cluster)
+    batch = spec.batch
+    if "batch" not in spec.model_fields_set:
+        batch = even_batch(len(table), cluster.worker_count(), most=spec.batch)
     layout = Layout(
         kind=checked.output.kind,
         item_shape=checked.output.item_shape,
         items=len(table),
-        shard_items=spec.shard or _shard_items(len(table), spec.batch, checked.output.item_shape),
+        shard_items=spec.shard or _shard_items(len(table), batch, checked.output.item_shape),
     )
     attributes = {
         "version": FORMAT_VERSION,
         **facts,
         "stages": list(checked.stages),
+        "batch": batch,
         **({"uncut": checked.uncut} if checked.uncut else {}),
         "model": {"source": ref.source, "revision": ref.revision, "digest": ref.digest},
         "lossy": list(spec.speed.lossy),

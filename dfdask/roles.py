@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -22,8 +21,6 @@ DECIDE_SECONDS = 0.5
 """How often roles are reconsidered at most where nobody asks for it."""
 UNHURRIED_SECONDS = 20.0
 """How often at least, while tasks end."""
-PART_OF_THE_REST = 0.1
-"""Of the time that the first job to end has left: what is worth a load is not when its end is near."""
 SECONDS_PER_TASK = 5e-5
 """CPU time that this may take for each task: a small fleet's tasks are few, and a decision for it is not cheaper."""
 MOST_OF_THE_TIME = 0.05
@@ -57,9 +54,8 @@ class Roles:
         passed, took, controller = time.monotonic() - self._decided, self._took_seconds, self._controller
         if passed <= max(DECIDE_SECONDS, took / MOST_OF_THE_TIME):
             return False
-        rest = min((seconds for seconds in self._seconds.values() if seconds > 0), default=math.inf)
-        unhurried = min(UNHURRIED_SECONDS, PART_OF_THE_REST * rest)
-        return controller.has_drifted or took <= controller.ended_tasks * SECONDS_PER_TASK or passed > unhurried
+        is_cheap = took <= controller.ended_tasks * SECONDS_PER_TASK
+        return controller.has_drifted or is_cheap or passed > UNHURRIED_SECONDS
 
     def look_again(self, wake: Callable[[], None]) -> None:
         """Call ``wake`` when news that came too soon may be considered: the next task to end may be a minute off."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -304,12 +305,13 @@ def _prepare(
         store.uncommit_failed()
     run = Run(store)
     layout = store.layout
+    made = store.attributes["dfdask"]
     run._work = Work(
-        ref=ref,
-        stages=tuple(store.attributes["dfdask"]["stages"]),
+        ref=replace(ref, encodings=location) if spec.share_encodings else ref,
+        stages=tuple(made["stages"]),
         store=store,
         table=table,
-        batch=spec.batch,
+        batch=made.get("batch", spec.batch),  # runs of earlier versions do not name it
         shards=missing_shards(shard_count(layout.items, layout.shard_items), run._shards),
         token=token_for(identity, f"{location.root}/{location.name}"),
         provenance={"versions": made_with},

@@ -26,12 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from dfdask.arguments import (
-    canonical_json,
-    check_argument,
-    check_argument_name,
-    shown,
-)
+from dfdask.arguments import canonical_json, check_argument, check_argument_name, shown
 from dfdask.errors import SpecError
 from dfdask.job_file import Lines, load_yaml
 from dfdask.problems import explain, located, problem
@@ -167,6 +162,7 @@ class JobSpec(Part):
     batch: Count = Field(default=8, examples=[8])
     shard: Count | None = Field(default=None, examples=[64])
     strict: StrictBool = Field(default=False, examples=["true"])
+    share_encodings: StrictBool = Field(default=False, examples=["true"])
     priority: Annotated[float, Field(gt=0, strict=True)] = Field(default=1.0, examples=[2.0])
     speed: Speed = Field(default=Speed(), examples=["{compile: true}"])
     workers: (

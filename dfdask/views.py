@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfdask.controller import Controller
@@ -81,8 +81,10 @@ def cluster_state(
     return ClusterState(now, jobs, workers, gate_seconds)
 
 
-def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller) -> dict[str, Any]:
-    """What is left to do and what it takes by device class, and which workers have nothing to do."""
+def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller, classes: Sequence[str]) -> dict[str, Any]:
+    """What is left to do, and which workers have nothing to do; what it takes by device class, ``classes`` of which
+    there are no workers among them where that is known.
+    """
     return {
         "works": [
             {
@@ -91,6 +93,11 @@ def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller) -> 
                 "items": work.items,
                 "weight": work.weight,
                 "seconds_per_item": {
+                    name: controller.seconds_per_item((work.job, work.stage), name)
+                    for name in classes
+                    if controller.knows((work.job, work.stage), name)
+                }
+                | {
                     name: min(option.seconds_per_item for option in options)
                     for name, options in work.options.items()
                     if options

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask import meters
 from dfdask.errors import ClusterError, DfdaskError, StorageError
+from dfdask.first_costs import COUNT
 from dfdask.gate import BEGAN
 from dfdask.items import Item
 from dfdask.options import Hint
@@ -57,7 +59,10 @@ class Preload(WorkerPlugin):
         async def warm_up(ref: bytes, stage: str) -> dict[str, Any] | None:
             return await asyncio.to_thread(_warm_up, worker, ref, stage)
 
-        worker.handlers[WARM_UP] = warm_up
+        async def count(sample: bytes) -> dict[str, Any]:
+            return await asyncio.to_thread(_count, sample)
+
+        worker.handlers.update({WARM_UP: warm_up, COUNT: count})
 
 
 def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
@@ -68,6 +73,14 @@ def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
             return None
         held, came = _ready(pickle.loads(ref), stage, Hint(), worker)
     return {"seconds": time.perf_counter() - began if came else 0.0, "holds": _holds(held) or []}
+
+
+def _count(sample: bytes) -> dict[str, Any]:
+    """By stage, what an item has to do; none where that cannot be counted. Raises ModelError."""
+    with _importing:
+        from dfdask.stages.profile import stage_profiles
+    profiles = stage_profiles(*pickle.loads(sample))
+    return {stage: asdict(profile.item_work) for stage, profile in profiles.items() if not profile.problem}
 
 
 def _import_heavy() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed import Scheduler
@@ -29,7 +29,7 @@ class Forecaster(SchedulerPlugin):
         scheduler.handlers["dfdask_forecast"] = self.forecast
         scheduler.handlers["dfdask_drain"] = self.drain
 
-    def forecast(self) -> dict[str, Any]:
+    def forecast(self, classes: Sequence[str] = ()) -> dict[str, Any]:
         left: Counter[tuple[str, str]] = Counter()
         for key, task in self._scheduler.tasks.items():
             if isinstance(key, tuple) and task.state in ("waiting", "no-worker", "queued", "processing"):

@@ -12,6 +12,7 @@ from dfdask.batching import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ITEMS,
     default_shard_items,
+    even_batch,
     is_batchable,
     micro_batches,
     shard_count,
@@ -62,6 +63,22 @@ def test_default_shards(items: int, batch: int, bytes_per_item: int) -> None:
 )
 def test_default_shard_examples(items: int, batch: int, bytes_per_item: int, expected: int) -> None:
     assert default_shard_items(items, batch, bytes_per_item) == expected
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 64))
+def test_even_batches_take_as_few_rounds_and_leave_nobody_without(items: int, workers: int, most: int) -> None:
+    batch = even_batch(items, workers, most)
+    assert 1 <= batch <= most
+    batches = -(-items // batch)
+    assert -(-batches // workers) == -(-items // (most * workers)), "as many rounds as the largest batches take"
+    assert batch == 1 or -(-items // (batch - 1)) > workers * (-(-batches // workers)), "and no larger than that needs"
+
+
+@pytest.mark.parametrize(
+    ("items", "workers", "batch"), [(6, 2, 3), (24, 2, 6), (32, 2, 8), (3, 8, 1), (0, 4, 1), (100_000, 8, 8)]
+)
+def test_even_batches(items: int, workers: int, batch: int) -> None:
+    assert even_batch(items, workers, most=8) == batch
 
 
 @given(st.lists(arguments, max_size=30), st.integers(1, 9), st.integers(0, 1000))

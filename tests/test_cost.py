@@ -97,6 +97,15 @@ def test_noise_is_seen_as_noise_and_biases_little() -> None:
     assert found[-1].deviation_seconds == pytest.approx(0.6, rel=0.4)
 
 
+def test_a_slower_class_is_learnt_from_its_first_tasks() -> None:
+    model = CostModel()
+    for _ in range(200):
+        model.observe("m", "s", "fast", TaskWork(4), 1.0)
+    for _ in range(2):
+        model.observe("m", "s", "slow", TaskWork(4), 3.0)
+    assert model.predict("m", "s", "slow", TaskWork(4)).seconds == pytest.approx(3.0, rel=0.05)
+
+
 def test_another_class_starts_from_what_is_known_with_more_doubt() -> None:
     model = CostModel()
     for _ in range(10):

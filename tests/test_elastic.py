@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -29,11 +30,13 @@ SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
 
 
 def work(folder: str, number: int, seconds: float) -> int:
-    """Leaves a line for each time that it ran."""
+    """Leaves a line for each time that it ran; ``inf`` seconds end when somebody makes the file ``go``."""
     file = os.open(f"{folder}/trace", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, f"{number} {os.getpid()}\n".encode())
     os.close(file)
-    time.sleep(seconds)
+    while seconds == math.inf and not os.path.exists(f"{folder}/go"):
+        time.sleep(0.05)
+    time.sleep(seconds if seconds < math.inf else 0)
     return number
 
 
@@ -103,9 +106,10 @@ def test_who_is_busy_or_holds_results_is_not_hurt_when_the_fleet_shrinks(tmp_pat
         adapt(cluster, [WorkerClass("big", 3, 0, 0.0, 0.0)], interval=0.2, patience=0.4)
         short = submit(client, tmp_path, 100, 0.05)
         until(lambda: by_class(cluster)["big"] == 3, 30, "three workers")
-        long = submit(client, tmp_path, 1, 4.0, first=1000)
+        long = submit(client, tmp_path, 1, math.inf, first=1000)
         until(lambda: by_class(cluster)["big"] == 1, 30, "two of them to leave")
         assert long[0].status == "pending", "the fleet shrank while the task ran"
+        (tmp_path / "go").touch()
         assert client.gather(long + short) == [1000, *range(100)], "what those that left had computed is still there"
         assert ran(tmp_path) == Counter([1000, *range(100)])
 

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
         *("cost", "fluid", "capacity", "placement", "options", "profit", "dispatch", "controller", "fleets", "scaling"),
-        *("four", "flow", "ledger", "quarantine", "stragglers", "views"),
+        *("four", "linear", "flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {
         *("store", "store_check", "store_create", "store_events", "store_layout", "store_objects"),
@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "models": {"stages", "bundled"},
     "dask": {
         *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "wire", "quiet"),
-        *("gate", "roles", "warm_up", "stage_tasks", "telemetry", "cost_file"),
+        *("gate", "roles", "warm_up", "first_costs", "stage_tasks", "telemetry", "cost_file"),
         *("elastic", "backends", "plugins", "meters"),
     },
     "tools": {"simulate", "evaluate", "plan"},

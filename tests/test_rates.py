@@ -12,7 +12,7 @@ from statistics import mean
 
 import pytest
 
-from dfdask.cost import CostModel, TaskWork, measured_rates, roofline_seconds
+from dfdask.cost import CostModel, TaskWork, known_rates, roofline_seconds
 
 H100 = "NVIDIA H100 80GB HBM3"
 STEP = {512: (19.85, 1.652), 768: (36.376, 5.554), 1024: (59.512, 14.872), 1536: (125.616, 66.283)}
@@ -28,10 +28,34 @@ def missed(model: CostModel, name: str, work: TaskWork, milliseconds: float) -> 
     return abs(model.predict(name, "stage", H100, work).seconds * 1e3 / milliseconds - 1)
 
 
-def test_shipped_rates_are_found_by_the_name_of_the_device() -> None:
-    model = CostModel()
-    assert model.rates_of(H100) == measured_rates()["H100"]
-    assert model.rates_of("NVIDIA L4") is None and CostModel({}).rates_of(H100) is None
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [(H100, "H100"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S"), ("NVIDIA A100-SXM4-80GB", "A100"), ("l4-spot", "L4"),
+     ("Tesla T4", "T4"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA A10G", "A10G"), ("cpu", "CPU")],
+)  # fmt: skip
+def test_shipped_rates_are_found_by_the_name_of_the_device(device: str, name: str) -> None:
+    assert CostModel().rates_of(device) == known_rates()[name]
+
+
+def test_of_other_devices_nothing_is_known() -> None:
+    assert CostModel().rates_of("NVIDIA T400") is None and CostModel({}).rates_of(H100) is None
+
+
+def test_all_shipped_rates_are_numbers_that_make_sense() -> None:
+    for name, rates in known_rates().items():
+        assert 0 < rates.linear_flops_per_second < 5e15 and 0 < rates.attention_flops_per_second < 5e15, name
+        assert 1e9 < rates.bytes_per_second < 1e13 and 0 < rates.floor_seconds < 0.1, name
+
+
+def test_what_one_class_took_says_what_another_will() -> None:
+    model, (work, milliseconds) = CostModel(), FLUX[1]
+    cold = {device: model.first_seconds("flux", "stage", device, work) for device in (H100, "A100", "nobody's")}
+    assert cold[H100] == pytest.approx(milliseconds / 1e3, rel=0.05) and cold["A100"] > 3 * cold[H100]
+    assert cold["nobody's"] > cold[H100]
+    model.observe("flux", "stage", H100, TaskWork(1), 1.5 * milliseconds / 1e3)  # as the controller teaches
+    warm = model.first_seconds("flux", "stage", "A100", work)
+    assert warm == pytest.approx(cold["A100"] * 1.5 * milliseconds / 1e3 / cold[H100], rel=0.02)
+    assert model.first_seconds("flux", "stage", "nobody's", work) == pytest.approx(1.5 * milliseconds / 1e3, rel=0.1)
 
 
 def test_cold_predictions_of_transformers() -> None:
@@ -64,7 +88,7 @@ def test_after_one_probe(name: str, probe: int) -> None:
 
 def test_a_resolution_that_was_left_out() -> None:
     rng, errors = random.Random(5), []
-    rates = measured_rates()["H100"]
+    rates = known_rates()["H100"]
     works = {(size, batch): TaskWork(batch, 1e12 * batch * linear, 1e12 * batch * attention, 23.8e9)
              for size, (linear, attention) in STEP.items() for batch in (1, 2, 4)}  # fmt: skip
     # Another machine's rates differ from the shipped ones: that is for the model to learn.

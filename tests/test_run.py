@@ -61,9 +61,9 @@ def check_pixels(run: Run, spec: JobSpec) -> None:
     data = run.dataset().load()
     stored = data["video" if "video" in data else "image"].values
     layout = run.store.layout
-    done = 0
+    done, batch = 0, run.store.attributes["dfdask"]["batch"]
     for start in range(0, len(items), layout.shard_items):
-        for micro in micro_batches(0, items[start : start + layout.shard_items], spec.batch):
+        for micro in micro_batches(0, items[start : start + layout.shard_items], batch):
             together = [items[row] for row in micro.items]
             lists: dict[str, list[Any]] = defaultdict(list)
             for item in together:

@@ -10,7 +10,7 @@ import pytest
 
 from dfdask import views
 from dfdask.controller import Controller, JobFacts, StageFacts
-from dfdask.cost import TaskWork
+from dfdask.cost import ItemWork, TaskWork
 from dfdask.dispatch import Dispatcher, Seat
 from dfdask.events import ClusterState
 from dfdask.ledger import JobAccount, Ledger, WorkerAccount
@@ -51,8 +51,8 @@ class Books:
     def state(self, now: float = 10.0) -> ClusterState:
         return views.cluster_state(now, self.ledger, self.dispatcher, self.controller, {"r1": 77.0}, 0.5)
 
-    def forecast(self) -> dict[str, Any]:
-        return views.forecast(self.ledger, self.dispatcher, self.controller)
+    def forecast(self, *classes: str) -> dict[str, Any]:
+        return views.forecast(self.ledger, self.dispatcher, self.controller, classes)
 
 
 @pytest.fixture
@@ -156,6 +156,18 @@ def test_the_forecast_lists_the_work_by_class(books: Books) -> None:
     assert work["seconds_per_item"] == {name: believed(("r1", "denoise"), name) for name in ("quick", "slow")}
     assert 0.9 < work["seconds_per_item"]["quick"] < 1.1 < work["seconds_per_item"]["slow"]
     assert found["jobs"] == 2 and len(found["works"]) == 4
+
+
+def test_the_forecast_names_classes_that_are_not_there_where_something_is_known_of_them(books: Books) -> None:
+    def known() -> dict[str, set[str]]:
+        return {work["stage"]: set(work["seconds_per_item"]) for work in books.forecast("H100", "odd")["works"]}
+
+    assert known() == dict.fromkeys(STAGES, {"quick", "slow"})
+    books.controller.costs.observe("model", "denoise", "odd", TaskWork(4), 8.0)
+    books.controller.count_work("r1", {"encode": ItemWork(1e12, 0.0, 0.0, 1e9, 1)})
+    assert known() == {"encode": {"quick", "slow", "H100"}, "denoise": {"quick", "slow", "odd"}}
+    (work,) = [work for work in books.forecast("odd")["works"] if (work["job"], work["stage"]) == ("r1", "denoise")]
+    assert work["seconds_per_item"]["odd"] == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_class_that_may_not_run_a_stage_has_no_seconds_for_it(books: Books) -> None:

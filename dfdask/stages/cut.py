@@ -29,6 +29,7 @@ from dfdask.stages.adapters import load_adapters, set_scheduler
 from dfdask.stages.anatomy import Anatomy, anatomy
 from dfdask.stages.call import pipeline_call
 from dfdask.stages.encode import Encoder
+from dfdask.stages.encodings import Shelf
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
 from dfdask.stages.pixels import device_pixels, to_pixels
 from dfdask.stages.speed import apply, load_quantized, reset_caches
@@ -191,7 +192,8 @@ class PipelineStage:
         self._encoders = (
             {} if stage == WHOLE else encoders(self._pipeline, [part.name for part in stage_parts(folder, "encode")])
         )
-        self.encoder = Encoder(self._encoded, ref.strict)
+        shelf = Shelf(ref.encodings, ref) if ref.encodings is not None and stage == "encode" else None
+        self.encoder = Encoder(self._encoded, ref.strict, shelf=shelf)
         # Pictures are looked at until the denoising is done, and after it only where they are laid over the output.
         self.passes_pictures = stage == "encode" or self._anatomy.overlays
         self._run: Callable[[Sequence[Item], Any], Any] = {

@@ -13,6 +13,7 @@ from dfdask.batching import call_key
 from dfdask.images import Picture
 from dfdask.items import Item, pictures_in
 from dfdask.stages.batch import is_out_of_memory, nbytes
+from dfdask.stages.encodings import Shelf
 from dfdask.stages.state import Indivisible, has_rows, joined, picked, shapes
 from dfdask.stages.tape import Pattern, Tape, scales
 
@@ -33,22 +34,26 @@ class Encoder:
     the number of texts that it is computed with.
     """
 
-    def __init__(self, run: Run, strict: bool, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, run: Run, strict: bool, cache_bytes: int = CACHE_BYTES, shelf: Shelf | None = None) -> None:
         self._run = run
         self._strict = strict
         self._patterns: dict[str, Pattern | None] = {}
-        self._cache = _Cache(cache_bytes)
+        self._cache = _Cache(cache_bytes, shelf)
         self.computed_items = 0
         self.reused_items = 0
 
     def encode(self, items: Sequence[Item]) -> Tape:
         """What stages after this one replay, divided by item where that is possible. Raises TakesNoLists."""
-        pattern = self._pattern(items) if len(items) > 1 else self._patterns.get(call_key(items[0]))
         keys = [_key(item) for item in items]
+        tapes = dict(zip(keys, self._cache.get_all(keys), strict=True)) if not self._strict and len(items) > 1 else {}
+        if tapes and all(map(has_rows, tapes.values())) and (known := self._known(keys)) is not None:
+            self.reused_items += len(items)
+            return known
+        pattern = self._pattern(items) if len(items) > 1 else self._patterns.get(call_key(items[0]))
         if self._strict or len(items) == 1 or pattern is None:
             return self._together(items, " ".join(keys), pattern)
         places = {key: keys.index(key) for key in dict.fromkeys(keys)}  # of the first item of each kind
-        missing = [key for key in places if not has_rows(self._cache.get(key))]
+        missing = [key for key in places if not has_rows(tapes[key])]
         while True:
             if missing:
                 tape = self._marked([items[places[key]] for key in missing], pattern)
@@ -58,13 +63,20 @@ class Encoder:
                     self.reused_items += len(items) - len(missing)
                     order = {key: place for place, key in enumerate(missing)}
                     return tape if len(missing) == len(items) else picked(tape, [order[key] for key in keys])
-            try:
-                found = joined([self._cache.get(key) for key in keys])
-            except (Indivisible, AttributeError):  # encoded to other lengths, or pushed out of the cache already
+            found = self._known(keys)
+            if found is None:  # encoded to other lengths, or pushed out of the cache already
                 missing = list(places)
                 continue
             self.reused_items += len(items) - len(missing)
-            return dict(found)
+            return found
+
+    def _known(self, keys: Sequence[str]) -> Tape | None:
+        """The tape of items that were all encoded before, if theirs go together."""
+        tapes = self._cache.get_all(keys)
+        try:
+            return dict(joined(tapes)) if all(map(has_rows, tapes)) else None
+        except Indivisible:
+            return None
 
     def _together(self, items: Sequence[Item], key: str, pattern: Pattern | None) -> Tape:
         tape = self._cache.get(key)
@@ -107,20 +119,39 @@ class Encoder:
 
 
 class _Cache:
-    """The states used last, up to so many bytes."""
+    """The states used last, up to so many bytes, and those that are kept beside the runs where any are."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, shelf: Shelf | None) -> None:
         self._most_bytes = most_bytes
+        self._shelf = shelf
         self._bytes = 0
         self._states: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: str) -> Any:
+        return self.get_all([key])[0]
+
+    def get_all(self, keys: Sequence[str]) -> list[Any]:
+        """The state of each key, or None."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._states] if self._shelf else []
+        kept = dict(zip(missing, self._shelf.get(missing), strict=True)) if self._shelf and missing else {}
+        found = [kept[key] if key in kept else self._remembered(key) for key in keys]
+        for key, state in kept.items():
+            if state is not None:
+                self._remember(key, state)
+        return found
+
+    def put(self, key: str, state: Any) -> None:
+        self._remember(key, state)
+        if self._shelf is not None:
+            self._shelf.put(key, state)
+
+    def _remembered(self, key: str) -> Any:
         if key not in self._states:
             return None
         self._states.move_to_end(key)
         return self._states[key][0]
 
-    def put(self, key: str, state: Any) -> None:
+    def _remember(self, key: str, state: Any) -> None:
         size = nbytes(state)
         self._bytes += size - (self._states.pop(key)[1] if key in self._states else 0)
         self._states[key] = state, size

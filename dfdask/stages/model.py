@@ -7,12 +7,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfdask.errors import ModelError
 from dfdask.spec import FakeStages, JobSpec
 from dfdask.speed import Speed
 from dfdask.stages.adapters import AdapterRef, SchedulerRef, adapter_ref
+
+if TYPE_CHECKING:
+    from dfdask.targets import Location
 
 WHOLE = "generate"  # the only stage of a pipeline that has no cut points
 _SAMPLED_BYTES = 1 << 16
@@ -22,7 +25,7 @@ _SAMPLED_BYTES = 1 << 16
 class ModelRef:
     """A model as every worker finds it: ``source`` is "bundled", a directory or a hub id.
 
-    ``digest`` identifies the files; a worker that finds others refuses the job.
+    ``digest`` identifies the files; a worker that finds others refuses the job. ``encodings`` are kept beside this run.
     """
 
     source: str
@@ -35,6 +38,7 @@ class ModelRef:
     adapters: tuple[AdapterRef, ...] = ()
     scheduler: SchedulerRef | None = None
     speed: Speed = Speed()
+    encodings: Location | None = None
 
 
 @dataclass(frozen=True, slots=True)

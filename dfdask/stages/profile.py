@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfdask.cost import TaskWork
+from dfdask.cost import ItemWork
 from dfdask.errors import ModelError
 from dfdask.images import Picture
 from dfdask.items import Item
@@ -48,12 +48,12 @@ class StageProfile:
     calls: Mapping[str, int] = field(default_factory=dict)  # by component: how often it is called
     problem: str = ""
 
-    def work(self, items: int) -> TaskWork:
-        """What ``items`` such items in one batch take: weights are read once a call, however many items it has."""
+    @property
+    def item_work(self) -> ItemWork:
+        """As the cost model takes it: weights are read once a call."""
         weights = sum(self.weight_bytes.get(name, 0) * calls for name, calls in self.calls.items())
-        moved = weights + items * max(self.bytes_moved - weights, 0.0)
-        linear, attention = items * self.linear_flops, items * self.attention_flops
-        return TaskWork(items, linear, attention, moved, max(sum(self.calls.values()), 1))
+        moved, calls = max(self.bytes_moved - weights, 0.0), max(sum(self.calls.values()), 1)
+        return ItemWork(self.linear_flops, self.attention_flops, moved, weights, calls)
 
 
 def stage_profiles(ref: ModelRef, item: Item) -> dict[str, StageProfile]:

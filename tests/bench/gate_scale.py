@@ -233,7 +233,7 @@ def profiled(wanted: bool) -> Iterator[None]:
         yield
     finally:
         profile.disable()
-        pstats.Stats(profile).sort_stats("tottime").print_stats("dfdask|numpy|scipy|statistics", 40)
+        pstats.Stats(profile).sort_stats("tottime").print_stats("dfdask|numpy|highspy|statistics", 40)
         pstats.Stats(profile).sort_stats("cumulative").print_stats("dfdask", 40)
 
 

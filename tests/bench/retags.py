@@ -3,9 +3,9 @@
 python tests/bench/retags.py [--retags 1000] [--workers 8] [--kills 0]
 
 The scheduler gives a random worker another single stage every few milliseconds, beside what the controller decides.
-A change is timed until the first task of the new role is placed on the worker; one that the next change overtakes, or
-whose stage has nothing that may start, is not. ``--kills`` SIGKILLs so many workers meanwhile; their nannies start
-others.
+A change is timed until the first task of the new role is placed on the worker, from when the stage last had something
+that may start and nobody to take it; one that another change overtakes is not. ``--kills`` SIGKILLs so many workers
+meanwhile; their nannies start others.
 """
 
 from __future__ import annotations
@@ -38,14 +38,26 @@ async def retag(count: int, dask_scheduler: Any = None) -> dict[str, Any]:
     gate, chance = dask_scheduler.plugins["dfdask-gate"], random.Random(0)
     waiting: dict[str, tuple[str, float]] = {}
     took: list[float] = []
-    bind = gate._bind
+    bind, pump = gate._bind, gate._pump
 
     def timed(key: Any, address: str) -> None:
         bind(key, address)
         if address in waiting and key[0].startswith(waiting[address][0] + "-"):
             took.append(1000 * (time.perf_counter() - waiting.pop(address)[1]))
 
-    gate._bind = timed
+    def startable(stage: str) -> bool:
+        return any(gate.dispatcher.startable_items(kind) > 0 for kind in gate.controller._left if kind[1] == stage)
+
+    def pumped() -> None:
+        pump()
+        for worker, (stage, _) in list(waiting.items()):
+            seat = gate.dispatcher._seats.get(worker)
+            if seat is None or [kind[1] for kind in seat.own or ()] != [stage]:
+                del waiting[worker]  # the controller gave it something else, or it was killed
+            elif not startable(stage):  # others took what there was, or too many results wait
+                waiting[worker] = stage, time.perf_counter()
+
+    gate._bind, gate._pump = timed, pumped
     done = 0
     while done < count:
         kinds = [kind for kind in gate.controller._left if gate.controller.left(kind) > 0]
@@ -55,16 +67,10 @@ async def retag(count: int, dask_scheduler: Any = None) -> dict[str, Any]:
             if gate.dispatcher._seats[worker].own != (kind,):
                 gate.dispatcher.seat(worker, Seat((kind,)))
                 gate._wake()
-                if gate.dispatcher.startable_items(kind) > 0:
-                    waiting[worker] = kind[1], time.perf_counter()
-                else:
-                    waiting.pop(worker, None)
+                waiting[worker] = kind[1], time.perf_counter()
                 done += 1
         await asyncio.sleep(PAUSE_SECONDS / 8)
-        for worker, (stage, _) in list(waiting.items()):
-            if not any(gate.dispatcher.startable_items(kind) > 0 for kind in kinds if kind[1] == stage):
-                del waiting[worker]  # others took what there was, or too many results wait
-    gate._bind = bind
+    gate._bind, gate._pump = bind, pump
     return {"retags": done, "took": took}
 
 

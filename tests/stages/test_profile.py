@@ -128,7 +128,7 @@ def test_a_batch_of_the_plain_pipeline_takes_the_same(family: str, tmp_path: Pat
     arguments = {**ARGUMENTS[family], "num_inference_steps": 2}
     batch = [Item(row, str(row), "a red apple", row, arguments) for row in range(2)]
     profiles = stage_profiles(ref, batch[0])
-    counted = {name: profile.work(len(batch)) for name, profile in profiles.items()}
+    counted = {name: profile.item_work.work(len(batch)) for name, profile in profiles.items()}
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), warnings.catch_warnings():
