@@ -20,6 +20,8 @@ from dfdask.stragglers import STEP, Stragglers
 ANY_CLASS = "*"
 TURN_LOADS = 100
 """A worker that takes turns works so many times as long as its loads take: they cost it one per cent."""
+FREE_LOADS = 0.005
+"""Loads that are a smaller part of a task's time are no reason to keep to a stage while others run out of work."""
 KEPT_LOADS = 5
 """A stage's loads count by the median of so many: the first comes from disk, the others from host memory."""
 DRIFT = 0.1
@@ -354,16 +356,17 @@ class Controller:
         roles = placement.roles[name]
         own = tuple(sorted(((role.job, role.stage) for role in roles if role.share > 0), key=self._order))
         helps = tuple(sorted((role.job, role.stage) for role in roles if role.share <= 0))
+        options = [role.option for role in roles if role.share > 0]
         weights: dict[str, int] = {}
-        for role in roles:
-            if role.share > 0:
-                weights.update(role.option.weights)
+        for option in options:
+            weights.update(option.weights)
         device_class = self._kinds[name].device_class
         seen = (self._working.get((self._jobs[job].model, stage, device_class), 0) for job, stage in own)
-        planned = (role.option.working_bytes for role in roles if role.share > 0)
-        working = max((*seen, *planned), default=0)
-        turns = sum(weights.values()) + working > self._devices[name].memory_bytes
-        return Seat(own, helps, turns)
+        working = max((*seen, *(option.working_bytes for option in options)), default=0)
+        crowded = sum(weights.values()) + working > self._devices[name].memory_bytes
+        loads = sum(option.load_seconds for option in options)
+        tasks = sum(option.seconds_per_item * option.batch for option in options)
+        return Seat(own, helps, turns=crowded and loads > FREE_LOADS * tasks)
 
     def _order(self, kind: Kind) -> tuple[str, int]:
         names = [stage.name for stage in self._jobs[kind[0]].stages]

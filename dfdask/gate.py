@@ -29,7 +29,7 @@ from dfdask.ledger import JobAccount, Ledger, WorkerAccount
 from dfdask.placement import Device
 from dfdask.quarantine import Quarantine
 from dfdask.roles import Roles
-from dfdask.stage_tasks import bytes_by_worker, home_of, kind_of, plain_key, stage_name, stage_wanted
+from dfdask.stage_tasks import bytes_by_worker, home_of, kind_of, order_of, plain_key, stage_name, stage_wanted
 from dfdask.tags import read_tags, stage_resource
 from dfdask.telemetry import TELEMETRY, Telemetry
 from dfdask.warm_up import WarmUp
@@ -260,7 +260,7 @@ class Gate(SchedulerPlugin):
             if suspicion.culprit is not None:
                 kills = self.quarantine.kills_to_blame
                 self.ledger.note(ItemQuarantined(time.time(), kind[0], suspicion.culprit, stage, kills))
-            self.dispatcher.push(kind, task.priority, key, key[3], suspicion.alone)
+            self.dispatcher.push(kind, order_of(task), key, key[3], suspicion.alone)
         self._wake()
 
     def _leave(self, key: Any, finish: str, details: Mapping[str, Any]) -> None:

@@ -33,6 +33,12 @@ def stage_wanted(task: TaskState) -> str | None:
     return None
 
 
+def order_of(task: TaskState) -> tuple[Any, ...]:
+    """Later stages first, then a job's items in their own order: Dask's order of a graph mixes its branches."""
+    key: Any = task.key
+    return ((task.priority or (0,))[0], *key[1:3])
+
+
 def computed(startstops: Any) -> tuple[float, float]:
     """When a task began to compute and for how long, by Dask's own account."""
     for entry in startstops or ():

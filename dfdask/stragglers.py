@@ -13,8 +13,10 @@ from collections.abc import Hashable, Iterable
 
 STEP = math.log(1.25)
 """Slowness is told in steps of a quarter: finer would only move roles about."""
-_POOL = 32
 _OWN = 8
+_POOL = _OWN
+"""No more than a worker's own: where it alone runs a stage, what peers took of it is soon too old to tell a change of
+the cost from a change of the worker."""
 _PEERS = 3
 
 

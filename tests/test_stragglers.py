@@ -64,6 +64,17 @@ def test_a_change_of_all_costs_at_once_makes_no_straggler() -> None:
     assert {stragglers.level(name) for name in "abcd"} == {0}
 
 
+@pytest.mark.parametrize("peers_every", [0, 10, 5])
+def test_a_change_of_costs_that_one_worker_sees_first_is_not_its_fault(peers_every: int) -> None:
+    stragglers = Stragglers()
+    feed(stragglers, dict.fromkeys("abcw", 1.0), 20)
+    for number in range(60):  # it alone has the role by now; others help out now and then
+        stragglers.observe(POOL, "w", 6.0)
+        if peers_every and number % peers_every == peers_every - 1:
+            stragglers.observe(POOL, "abc"[number % 3], 6.0)
+        assert stragglers.level("w") == 0
+
+
 def test_two_workers_are_too_few_to_say_who_is_slow() -> None:
     stragglers = Stragglers()
     feed(stragglers, {"a": 1.0, "b": 4.0}, 50)
