@@ -11,6 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +57,15 @@ class StageProfile:
         return ItemWork(self.linear_flops, self.attention_flops, moved, weights, calls)
 
 
-def stage_profiles(ref: ModelRef, item: Item) -> dict[str, StageProfile]:
-    """By stage, in order, what ``item`` costs it. Raises ModelError."""
+def stage_profiles(
+    ref: ModelRef, item: Item, opening: AbstractContextManager[Any] | None = None
+) -> dict[str, StageProfile]:
+    """By stage, in order, what ``item`` costs it. Raises ModelError.
+
+    The pipeline is opened within ``opening``: for threads of which only one may import libraries at a time.
+    """
     folder = locate(ref.source, ref.revision)
-    with warnings.catch_warnings():
+    with opening or nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = open_pipeline(ref, None, "cpu")
     phantoms = {name: part for name, part in pipeline.components.items() if isinstance(part, Phantom)}
