@@ -79,7 +79,8 @@ def _count(sample: bytes) -> dict[str, Any]:
     """By stage, what an item has to do; none where that cannot be counted. Raises ModelError."""
     with _importing:
         from dfdask.stages.profile import stage_profiles
-    profiles = stage_profiles(*pickle.loads(sample), opening=_importing)
+    ref, item = pickle.loads(sample)
+    profiles = stage_profiles(ref, item, _importing)
     return {stage: asdict(profile.item_work) for stage, profile in profiles.items() if not profile.problem}
 
 

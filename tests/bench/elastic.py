@@ -147,7 +147,7 @@ def ask(client: Client, handler: str, **arguments: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", help="names, separated by commas as in the table")
+    parser.add_argument("--cases", help="names as in the table, separated by semicolons")
     parser.add_argument("--items", type=int, default=600)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json")
