@@ -37,7 +37,7 @@ class FirstCosts:
             run, sample = self._waiting.popitem()
             if not self._controller.wants_work(run):
                 continue
-            # Who came last is the least likely to be loading what the first tasks need.
+            # The last, for the first are the first to get a task.
             call = asyncio.ensure_future(self._call(scheduler, next(reversed(scheduler.workers)), run, sample))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)

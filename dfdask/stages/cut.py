@@ -192,7 +192,9 @@ class PipelineStage:
         self._encoders = (
             {} if stage == WHOLE else encoders(self._pipeline, [part.name for part in stage_parts(folder, "encode")])
         )
-        shelf = Shelf(ref.encodings, ref) if ref.encodings is not None and stage == "encode" else None
+        shelf = None
+        if ref.encodings is not None and stage == "encode":
+            shelf = Shelf(ref.encodings, replace(ref, device=self._device))
         self.encoder = Encoder(self._encoded, ref.strict, shelf=shelf)
         # Pictures are looked at until the denoising is done, and after it only where they are laid over the output.
         self.passes_pictures = stage == "encode" or self._anatomy.overlays
