@@ -66,6 +66,7 @@ def follows(cluster: Any, client: Client, folder: Path, **how: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its own jobs unwaited for
 def test_dask_jobqueue_runs_a_job_for_each_worker_and_replaces_one_that_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,9 +192,10 @@ def test_ssh_uses_free_hosts_and_knows_its_workers_by_name(tmp_path: Path, ssh: 
         ) as cluster,
         watched(cluster) as client,
     ):
+        model = next(iter(cluster.worker_spec.values()))
         cluster.sync(cluster.scale_down, list(cluster.worker_spec))
         # Two names of one machine stand for two machines here.
-        follows(cluster, client, tmp_path, options={"big": {"hosts": ["127.0.0.1", "localhost"]}})
+        follows(cluster, client, tmp_path, options={"big": {**model, "hosts": ["127.0.0.1", "localhost"]}})
 
 
 @pytest.mark.slow
