@@ -194,7 +194,8 @@ def test_ssh_uses_free_hosts_and_knows_its_workers_by_name(tmp_path: Path, ssh: 
     ):
         model = next(iter(cluster.worker_spec.values()))
         # The end of a connection alone ends no process at the other side of it.
-        client.retire_workers(list(cluster.scheduler_info["workers"]), close_workers=True, remove=True)
+        client.wait_for_workers(1, timeout=WAIT)
+        client.retire_workers(list(client.scheduler_info()["workers"]), close_workers=True, remove=True)
         cluster.sync(cluster.scale_down, list(cluster.worker_spec))
         until(lambda: not cluster.scheduler_info["workers"], WAIT, "the worker that was there before to leave")
         # Two names of one machine stand for two machines here.
