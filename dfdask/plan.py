@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from dfdask.batching import even_batch
 from dfdask.cost import CostModel, Prediction, TaskWork
 from dfdask.errors import ModelError, SpecError
 from dfdask.items import Item
 from dfdask.placement import Device, Option, StageWork, place
+from dfdask.prepare import batch_size
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.model import model_ref, with_defaults
@@ -109,9 +109,7 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
     key = cost_key(spec, ref)
     devices = parse_fleet(workers) if workers else _local(spec)
     total = len(table)
-    batch = min(spec.batch, max(total, 1))
-    if "batch" not in spec.model_fields_set:
-        batch = even_batch(total, len(devices), most=spec.batch)
+    batch = min(batch_size(spec, total, len(devices)), max(total, 1))
     sample = table.items(0, batch)
     works = _fake(spec, batch) if ref.fake else _counted(spec, sample)
     classes = sorted({device.device_class for device in devices})

@@ -33,9 +33,7 @@ def create_store(
     client = cluster.client()  # no store is made for a job that cannot start
     checked = check_job(ref, table, partial(inspect_on_worker, client))
     check_roles(spec, checked.stages, cluster)
-    batch = spec.batch
-    if "batch" not in spec.model_fields_set:
-        batch = even_batch(len(table), cluster.worker_count(), most=spec.batch)
+    batch = batch_size(spec, len(table), cluster.worker_count())
     layout = Layout(
         kind=checked.output.kind,
         item_shape=checked.output.item_shape,
@@ -54,6 +52,11 @@ def create_store(
     }
     columns = {**table.columns(), **_size_columns(checked.output.sizes)}
     return RunStore.create(location, layout, columns, {"dfdask": attributes})
+
+
+def batch_size(spec: JobSpec, items: int, workers: int) -> int:
+    """What the job says, or else so many that all workers have equally much to do."""
+    return spec.batch if "batch" in spec.model_fields_set else even_batch(items, workers, most=spec.batch)
 
 
 def check_roles(spec: JobSpec, stages: Sequence[str], cluster: JobCluster) -> None:

@@ -45,15 +45,15 @@ class Encoder:
     def encode(self, items: Sequence[Item]) -> Tape:
         """What stages after this one replay, divided by item where that is possible. Raises TakesNoLists."""
         keys = [_key(item) for item in items]
-        tapes = dict(zip(keys, self._cache.get_all(keys), strict=True)) if not self._strict and len(items) > 1 else {}
-        if tapes and all(map(has_rows, tapes.values())) and (known := self._known(keys)) is not None:
+        tapes = self._cache.get_all(keys) if not self._strict and len(items) > 1 else []
+        if tapes and (known := _joined(tapes)) is not None:
             self.reused_items += len(items)
             return known
         pattern = self._pattern(items) if len(items) > 1 else self._patterns.get(call_key(items[0]))
         if self._strict or len(items) == 1 or pattern is None:
             return self._together(items, " ".join(keys), pattern)
         places = {key: keys.index(key) for key in dict.fromkeys(keys)}  # of the first item of each kind
-        missing = [key for key in places if not has_rows(tapes[key])]
+        missing = [key for key, place in places.items() if not has_rows(tapes[place])]
         while True:
             if missing:
                 tape = self._marked([items[places[key]] for key in missing], pattern)
@@ -63,20 +63,12 @@ class Encoder:
                     self.reused_items += len(items) - len(missing)
                     order = {key: place for place, key in enumerate(missing)}
                     return tape if len(missing) == len(items) else picked(tape, [order[key] for key in keys])
-            found = self._known(keys)
+            found = _joined(self._cache.get_all(keys))
             if found is None:  # encoded to other lengths, or pushed out of the cache already
                 missing = list(places)
                 continue
             self.reused_items += len(items) - len(missing)
             return found
-
-    def _known(self, keys: Sequence[str]) -> Tape | None:
-        """The tape of items that were all encoded before, if theirs go together."""
-        tapes = self._cache.get_all(keys)
-        try:
-            return dict(joined(tapes)) if all(map(has_rows, tapes)) else None
-        except Indivisible:
-            return None
 
     def _together(self, items: Sequence[Item], key: str, pattern: Pattern | None) -> Tape:
         tape = self._cache.get(key)
@@ -157,6 +149,14 @@ class _Cache:
         self._states[key] = state, size
         while self._bytes > self._most_bytes:
             self._bytes -= self._states.popitem(last=False)[1][1]
+
+
+def _joined(tapes: Sequence[Any]) -> Tape | None:
+    """The tape of items that were all encoded before, if theirs go together."""
+    try:
+        return dict(joined(tapes)) if all(map(has_rows, tapes)) else None
+    except Indivisible:
+        return None
 
 
 def _key(item: Item) -> str:
