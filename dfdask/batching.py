@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +89,16 @@ def micro_batches(shard: int, items: Sequence[Item], batch: int) -> list[MicroBa
     return [MicroBatch(shard, index, rows) for index, rows in enumerate(calls)]
 
 
-def call_key(item: Item) -> str:
+def call_key(item: Item, without: Collection[str] = ()) -> str:
     """Equal for items that fit in one call: same fixed values, same names of values that travel as lists.
 
-    Pictures of different sizes do not fit: a pipeline stacks them.
+    Pictures of different sizes do not fit: a pipeline stacks them. ``without``: arguments to leave out of account.
     """
     fixed: dict[str, Any] = {}
     listed: dict[str, Any] = {}
     for name, value in item.arguments.items():
+        if name in without:
+            continue
         if not is_batchable(name, value):
             fixed[name] = value
         else:

@@ -32,6 +32,7 @@ from dfdask.stages.encode import Encoder
 from dfdask.stages.encodings import Shelf
 from dfdask.stages.model import WHOLE, Component, ModelRef, components, device_for, digest, locate
 from dfdask.stages.pixels import device_pixels, to_pixels
+from dfdask.stages.rows_once import encode_rows_once
 from dfdask.stages.speed import apply, load_quantized, reset_caches
 from dfdask.stages.state import copied, marked_by_length, moved, shapes, stand_ins, together
 from dfdask.stages.tape import Tape, encoders, patched, recording, replaying
@@ -187,6 +188,7 @@ class PipelineStage:
         self._pipeline = open_pipeline(ref, stage, self._device) if pipeline is None else pipeline
         if pipeline is None:
             apply(ref.speed, self._pipeline, ref.strict)
+            encode_rows_once(self._pipeline, ref)
         folder = locate(ref.source, ref.revision)
         self._anatomy = pipeline_anatomy(folder)
         self._encoders = (

@@ -22,6 +22,8 @@ _UNKNOWN_PART = 10
 _LEAST_PART = 64
 """Where an item runs out of memory, at least one part in so many is made free for it."""
 _MARGIN = 1.05
+_OF_TIME_ALONE = ("num_inference_steps",)
+"""Arguments that make a call longer, but take no more memory: what was learnt at one number of steps holds at all."""
 
 
 class HeldStage:
@@ -71,17 +73,21 @@ class HeldStage:
                 result = self.stage.run(items, state)
             self.device_seconds += peak.seconds
             self.batch = len(items)
-            kind = call_key(items[0])
-            self._searches.setdefault(kind, BatchSearch()).observe(len(items), peak.seconds)
+            self._searches.setdefault(call_key(items[0]), BatchSearch()).observe(len(items), peak.seconds)
             if peak.bytes:
                 self.peak_bytes = peak.bytes
-                self._peaks.setdefault(kind, {})[len(items)] = peak.bytes
+                self._peaks.setdefault(_memory_key(items), {})[len(items)] = peak.bytes
             return result
 
     def most_items(self, items: Sequence[Item]) -> int:
         """How many items of this kind may run at once."""
-        learnt = self._most.get(call_key(items[0]), len(items))
-        return max(min(learnt, self.hint.batch or len(items)), 1)
+        kind = _memory_key(items)
+        count = min(self._most.get(kind, len(items)), self.hint.batch or len(items))
+        if self._peaks.get(kind):
+            # By what fewer items took: what needs more than there is, be every block streamed, is not tried.
+            while count > 1 and self.room_bytes(items[:count]) > self._residency.most_room_bytes(self):
+                count = (count + 1) // 2
+        return max(count, 1)
 
     def next_items(self, items: Sequence[Item]) -> int:
         """How many of these to run at once now: of what fits, what is fastest, or a size that is to be tried."""
@@ -92,7 +98,7 @@ class HeldStage:
 
     def ran_out(self, items: Sequence[Item]) -> bool:
         """These items were too much for the memory: whether the same again may fit now, or else fewer must be tried."""
-        kind, count = call_key(items[0]), len(items)
+        kind, count = _memory_key(items), len(items)
         with self._residency.lock:
             self._residency.empty_caches()
             if self._residency.drop_others(self):
@@ -103,7 +109,7 @@ class HeldStage:
                 return False
             if self._stream_more(items):
                 return True
-            if not self._tiled and self._tile(True):
+            if count == 1 and not self._tiled and self._tile(True):  # tiles cost more time than smaller batches
                 self._tiled = True
                 return True
             if count == 1:
@@ -141,7 +147,7 @@ class HeldStage:
     def room_bytes(self, items: Sequence[Item]) -> int:
         """What activations will take beside the weights: measured, else as the hint says, else a guess."""
         if items:
-            known, count = self._peaks.get(call_key(items[0]), {}), len(items)
+            known, count = self._peaks.get(_memory_key(items), {}), len(items)
         else:
             known, count = {0: max((max(peaks.values()) for peaks in self._peaks.values()), default=0)}, 0
             known = {size: peak for size, peak in known.items() if peak}
@@ -165,7 +171,7 @@ class HeldStage:
         room = max(self.room_bytes(items), self._residency.device_bytes // _LEAST_PART)
         while room < self._residency.device_bytes:
             room = room * 3 // 2 + 1
-            self._peaks.setdefault(call_key(items[0]), {})[len(items)] = int(room / _MARGIN)
+            self._peaks.setdefault(_memory_key(items), {})[len(items)] = int(room / _MARGIN)
             try:
                 self._residency.place(self, room, forced=True)
             except Exception as error:
@@ -186,3 +192,8 @@ class HeldStage:
         if switch is not None:
             switch()
         return switch is not None
+
+
+def _memory_key(items: Sequence[Item]) -> str:
+    """Equal for calls of which each item takes the same memory."""
+    return call_key(items[0], _OF_TIME_ALONE)

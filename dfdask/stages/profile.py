@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from dfdask.items import Item
 from dfdask.stages.batch import describe, nbytes
 from dfdask.stages.cut import Phantom, PipelineStage, open_pipeline, pipeline_anatomy, stage_names, stage_parts
 from dfdask.stages.model import ModelRef, locate
-from dfdask.stages.state import map_leaves, shapes
+from dfdask.stages.state import Shape, map_leaves, shapes
 
 _VIEWS = {
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze"),
@@ -30,6 +31,9 @@ _VIEWS = {
 }
 _STAND_IN_NUMBERS = 1 << 26
 _METHODS = ("forward", "encode", "decode")
+_MODELS_KNOWN = 4
+_known: OrderedDict[str, dict[str, tuple[_Work, Any]]] = OrderedDict()
+"""By model: the work of calls that were counted in this process. A job's other step count makes no others of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ def stage_profiles(
         model = phantom.__dict__["_model"]
         if hasattr(model, "tie_weights"):  # embeddings that are the same tensor are loaded once
             model.tie_weights()
+    known = _known_calls(ref)
     profiles: dict[str, StageProfile] = {}
     state: Any = None
     problem = ""
@@ -80,7 +85,7 @@ def stage_profiles(
         own = [part.name for part in stage_parts(folder, stage) if part.name in phantoms]
         sizes = {name: _size(phantoms[name]) for name in own}
         weights = {name: numbers * phantoms[name].dtype.itemsize for name, numbers in sizes.items()}
-        counter = _Counter()
+        counter = _Counter(known)
         for name, phantom in phantoms.items():
             pipeline.__dict__[name] = _Counted(name, phantom, counter) if name in own else phantom
         if not problem:
@@ -133,10 +138,10 @@ class _Work:
 class _Counter:
     """Sums the work of all calls; remembers that of equal ones with the shapes of what they return."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: dict[str, tuple[_Work, Any]]) -> None:
         self.total = _Work()
         self.calls: dict[str, int] = {}
-        self.known: dict[str, tuple[_Work, Any]] = {}
+        self.known = known
 
     def add(self, name: str, work: _Work) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -151,8 +156,7 @@ class _Counted(Phantom):
     def __init__(self, name: str, phantom: Phantom, counter: _Counter) -> None:
         model = phantom.__dict__["_model"]
         super().__init__(model, phantom.dtype, phantom.device)
-        # Pipelines read some buffers' numbers, so these stay where they are and a copy goes to the meta device.
-        self.__dict__.update(_name=name, _counter=counter, _meta=copy.deepcopy(model).to("meta", phantom.dtype).eval())
+        self.__dict__.update(_name=name, _counter=counter, _meta=None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._count("__call__", args, kwargs)
@@ -165,7 +169,7 @@ class _Counted(Phantom):
 
     def _count(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         counter: _Counter = self._counter
-        key = f"{self._name} {method} {map_leaves(repr, shapes([list(args), dict(kwargs)]))}"
+        key = f"{self._name} {method} {map_leaves(_described, shapes([list(args), dict(kwargs)]))}"
         if key not in counter.known:
             counter.known[key] = self._measured(method, args, kwargs)
         work, result = counter.known[key]
@@ -173,6 +177,9 @@ class _Counted(Phantom):
         return _real(result)
 
     def _measured(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Work, Any]:
+        if self._meta is None:
+            # Pipelines read some buffers' numbers, so these stay where they are and a copy goes to the meta device.
+            self.__dict__["_meta"] = copy.deepcopy(self.__dict__["_model"]).to("meta", self.dtype).eval()
         named = inspect.signature(self._meta.forward if method == "__call__" else getattr(self._meta, method))
         bound = dict(named.bind_partial(*args).arguments) | kwargs if args else kwargs
         unmasked = {name: value for name, value in bound.items() if not name.endswith("mask")}
@@ -187,6 +194,14 @@ class _Counted(Phantom):
                 continue
             return work, result
         raise _NotCounted(f"{self._name} cannot run without numbers ({problem})")
+
+
+def _known_calls(ref: ModelRef) -> dict[str, tuple[_Work, Any]]:
+    known = _known.setdefault(repr(ref), {})
+    _known.move_to_end(repr(ref))
+    while len(_known) > _MODELS_KNOWN:
+        _known.popitem(last=False)
+    return known
 
 
 def _run(function: Any, args: Any, kwargs: Any, work: _Work) -> Any:
@@ -228,6 +243,12 @@ def _run(function: Any, args: Any, kwargs: Any, work: _Work) -> Any:
         else:
             work.linear_flops += count
     return result
+
+
+def _described(leaf: Any) -> str:
+    """The same for calls that do the same: which generator draws, say, makes no difference."""
+    plain = leaf is None or isinstance(leaf, (bool, int, float, str, Shape))
+    return repr(leaf) if plain else type(leaf).__name__
 
 
 def _on_meta(value: Any) -> Any:

@@ -146,6 +146,11 @@ class Residency:
             self.drop_others(held)
             self.empty_caches()
 
+    def most_room_bytes(self, held: HeldStage) -> int:
+        """What is left to activations where every block of the stage is streamed that can be."""
+        least = (_placed_bytes(weights, range(len(weights.block_bytes))) for weights in held.weights)
+        return self.device_bytes - sum(least)
+
     def drop_others(self, held: HeldStage) -> int:
         """Take everything else off the device; returns how many bytes that were."""
         others = [weights for other in self._held.values() if other is not held for weights in other.weights]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfdask.cli import main
 from dfdask.items import Item
 from dfdask.spec import JobSpec
+from dfdask.stages import profile as profiling
 from dfdask.stages.batch import Batch, nbytes, run_batch
 from dfdask.stages.cut import PipelineStage, pipeline_call
 from dfdask.stages.model import ModelRef, digest, model_ref
@@ -80,7 +81,17 @@ def test_more_pixels_and_steps_cost_more(tiny: Tiny) -> None:
     assert large["encode"].linear_flops == small["encode"].linear_flops
 
 
+def test_a_call_is_counted_once_for_any_number_of_steps(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiling._known.clear()
+    _, _, few = profiles(tiny("sd"), "sd")
+    monkeypatch.setattr(profiling, "_run", lambda *_: pytest.fail("it was counted before"))
+    _, _, more = profiles(tiny("sd"), "sd", num_inference_steps=6)
+    assert few["decode"] == more["decode"] and few["denoise"].calls != more["denoise"].calls
+
+
 def test_what_cannot_be_counted_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiling._known.clear()
+
     def looks(self: Any, *args: Any, **kwargs: Any) -> None:
         if args[0].max() > 0:
             raise AssertionError("it has numbers")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +157,30 @@ def test_out_of_memory_drops_others_then_halves_and_learns() -> None:
     assert max(stage.calls) <= 15 and sum(stage.calls) - stage.calls.count(15) * 15 == 30, (
         "what failed is not tried again"
     )
+
+
+class Measuring(Device):
+    """A device that tells what the activations of its one stage took."""
+
+    @contextmanager
+    def measured(self) -> Iterator[Any]:
+        stage: Any = next(iter(self._held.values())).stage
+        peak = SimpleNamespace(bytes=0, seconds=0.0)
+        yield peak
+        peak.bytes = stage.calls[-1] * stage.item_bytes
+
+
+def test_what_fewer_items_took_tells_how_many_fit_at_any_number_of_steps() -> None:
+    held = Measuring(16 * 1024).get(REF, "a")
+    stage: Any = held.stage
+    stage.item_bytes = 2 * 1024
+    run(held, 1)
+    many = [Item(row, f"i{row}", "", row, {"num_inference_steps": 2}) for row in range(16)]
+    batch = run_batch("stage", held, Batch.start(many))
+    # Streamed, the eight blocks take two: 14 KiB are left to activations.
+    assert stage.calls[1:] == [4] * 4 and sum(len(group.items) for group in batch.groups) == 16
+    wide = [Item(0, "i0", "", 0, {"num_inference_steps": 2, "width": 64})]
+    assert held.most_items(wide * 16) == 16, "of other calls nothing is known"
 
 
 def test_out_of_memory_with_one_item_streams_more() -> None:

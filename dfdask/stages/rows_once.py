@@ -1,0 +1,152 @@
+"""Equal texts are encoded once: a pipeline has the same negative prompt encoded for every item of every call."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfdask.stages.model import ModelRef
+
+MOST_BYTES = 128 * 2**20
+MOST_ROW_BYTES = 16 * 2**20
+"""An encoding that is larger, as of all layers of a language model, is not remembered."""
+
+
+def encode_rows_once(pipeline: Any, ref: ModelRef) -> None:
+    """Have the text encoders of ``pipeline`` encode each text once, within a call and from call to call.
+
+    Not in strict mode: an embedding differs by rounding with the number of texts that it is computed with.
+    """
+    import transformers
+
+    if ref.strict:
+        return
+    for part in pipeline.components.values():
+        if isinstance(part, transformers.PreTrainedModel) and "input_ids" in inspect.signature(part.forward).parameters:
+            forward = part.forward
+            # An adapter may get another weight with each call, which changes what the encoder makes of a text.
+            once = RowsOnce(forward, most_bytes=0 if ref.adapters else MOST_BYTES)
+            part.__dict__["forward"] = functools.update_wrapper(once, forward)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What an encoder returns for one text: tensors with a first dimension of 1, or None, and what they stand in."""
+
+    form: Any
+    leaves: list[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves if leaf is not None)
+
+
+class RowsOnce:
+    """The ``forward`` of a text encoder; of its rows of input only those are computed that are new.
+
+    Calls that have other tensors than a row for each text are passed on as they are, and so are all calls of an
+    encoder that does not return a part for each row.
+    """
+
+    def __init__(self, forward: Callable[..., Any], most_bytes: int = MOST_BYTES) -> None:
+        self._forward = forward
+        self._signature = inspect.signature(forward)
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._rows: OrderedDict[str, _Row] = OrderedDict()
+        kinds = {parameter.kind for parameter in self._signature.parameters.values()}
+        self._divides = inspect.Parameter.VAR_POSITIONAL not in kinds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._by_name(args, kwargs)
+        rows = _rows_of(call) if self._divides else None
+        if rows is None:
+            return self._forward(*args, **kwargs)
+        keys = _keys(call, rows)
+        known = {key: self._rows[key] for key in keys if key in self._rows}
+        new = {key: keys.index(key) for key in dict.fromkeys(keys) if key not in known}
+        if new:
+            if len(new) < len(keys):
+                call.update({name: tensor[list(new.values())] for name, tensor in rows.items()})
+            made = self._forward(**call)
+            parts = _divided(made, len(new))
+            if parts is None:
+                self._divides = False
+                return made if len(new) == len(keys) else self._forward(*args, **kwargs)
+            for key, row in zip(new, parts, strict=True):
+                self._remember(key, row)
+            if len(new) == len(keys):
+                return made
+            known.update(zip(new, parts, strict=True))
+        return _united([known[key] for key in keys], rows["input_ids"].device)
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        call: dict[str, Any] = {}
+        for name, value in self._signature.bind(*args, **kwargs).arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                call.update(value)
+            else:
+                call[name] = value
+        if "use_cache" in self._signature.parameters:
+            call.setdefault("use_cache", False)  # of a language model: what nothing is generated from
+        return call
+
+    def _remember(self, key: str, row: _Row) -> None:
+        if not row.nbytes <= MOST_ROW_BYTES < self._most_bytes:
+            return
+        copies = [None if leaf is None else leaf.to("cpu", copy=True) for leaf in row.leaves]
+        self._rows[key] = _Row(row.form, copies)
+        self._bytes += row.nbytes
+        while self._bytes > self._most_bytes:
+            self._bytes -= self._rows.popitem(last=False)[1].nbytes
+
+
+def _rows_of(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tensors of a call where each has a row for each text; None where there are others."""
+    import torch
+
+    tensors = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    others = (value for name, value in call.items() if name not in tensors)
+    if "input_ids" not in tensors or not all(
+        value is None or isinstance(value, (bool, int, float)) for value in others
+    ):
+        return None
+    count = len(tensors["input_ids"])
+    return tensors if all(value.ndim == 2 and len(value) == count > 0 for value in tensors.values()) else None
+
+
+def _keys(call: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+    """For each text, what its encoding depends on."""
+    same = repr(sorted((name, value) for name, value in call.items() if name not in rows))
+    digests = [hashlib.sha256(same.encode()) for _ in rows["input_ids"]]
+    for name in sorted(rows):
+        for digest, row in zip(digests, rows[name].double().cpu().numpy(), strict=True):
+            digest.update(f"{name} {len(row)} ".encode() + row.tobytes())
+    return [digest.hexdigest() for digest in digests]
+
+
+def _divided(made: Any, count: int) -> list[_Row] | None:
+    """What was made for so many texts, for each; None where it has other parts."""
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    leaves, form = tree_flatten(made)
+    if not all(leaf is None or (isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (count,)) for leaf in leaves):
+        return None
+    places = (slice(place, place + 1) for place in range(count))
+    return [_Row(form, [None if leaf is None else leaf[place] for leaf in leaves]) for place in places]
+
+
+def _united(rows: Sequence[_Row], device: Any) -> Any:
+    import torch
+    from torch.utils._pytree import tree_unflatten
+
+    def joined(leaves: Sequence[Any]) -> Any:
+        return None if leaves[0] is None else torch.cat([leaf.to(device) for leaf in leaves])
+
+    return tree_unflatten(list(map(joined, zip(*(row.leaves for row in rows), strict=True))), rows[0].form)
