@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from dfdask.blocks import streamed_name
+from dfdask.tags import UNKNOWN_CLASS
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +15,8 @@ class Option:
     """One way to run a stage on a class of devices.
 
     ``weights`` are the bytes that each component keeps on the device, ``working_bytes`` what a batch needs beside
-    them; ``load_seconds`` brings all weights there.
+    them; ``load_seconds`` brings all weights there. ``streamed``: these are the least, and the rest passes through the
+    device block by block, of which the worker keeps as many as there is room for.
     """
 
     seconds_per_item: float
@@ -60,10 +64,39 @@ class Role:
     option: Option
 
 
+LINK_BYTES_PER_SECOND = 20e9
+"""What a device gets from page-locked memory over 16 lanes of PCIe 4.0, about."""
+
+
+def ways(whole: Option, streamed: Mapping[str, int], device_class: str, passing_bytes: float = 0.0) -> list[Option]:
+    """A stage as a ``whole``, and streamed where that keeps only ``streamed`` bytes of each component.
+
+    A call takes no less than its weights take to pass by: ``passing_bytes``, 0 where its seconds were measured and tell
+    it. Not on a CPU, which has no other memory to stream from.
+    """
+    if not streamed or device_class == UNKNOWN_CLASS:
+        return [whole]
+    weights = {streamed_name(name): size for name, size in streamed.items()}
+    seconds = max(whole.seconds_per_item, passing_bytes / LINK_BYTES_PER_SECOND / whole.batch)
+    return [whole, replace(whole, seconds_per_item=seconds, weights=weights, streamed=True)]
+
+
+def usable(options: Iterable[Option], memory_bytes: int) -> list[Option]:
+    """Those that a device may use: where any fits as a whole, none is streamed, for a worker does not either."""
+    fitting = [option for option in options if fits([option], memory_bytes)]
+    return [option for option in fitting if not option.streamed] or fitting
+
+
 def fits(options: Iterable[Option], memory_bytes: int) -> bool:
-    """Whether a device can run these side by side: shared components once, one batch at a time."""
+    """Whether a device can run these side by side: shared components once, one batch at a time.
+
+    Nothing fits beside a component that is streamed: it takes what room there is.
+    """
     weights: dict[str, int] = {}
     working = 0
+    options = list(options)
+    if len(options) > 1 and any(option.streamed for option in options):
+        return False
     for option in options:
         for name, size in option.weights.items():
             weights[name] = max(size, weights.get(name, 0))

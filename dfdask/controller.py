@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from dfdask.capacity import fits
+from dfdask.capacity import fits, usable, ways
 from dfdask.cost import CostModel, ItemWork, TaskWork
 from dfdask.dispatch import Kind, Seat
 from dfdask.placement import MARGIN, Device, Option, Placement, StageWork, place
@@ -32,7 +32,8 @@ DRIFT = 0.1
 class StageFacts:
     """A stage of a job: bytes that its components keep on a device, and seconds to bring them there, by class.
 
-    Seconds for ``ANY_CLASS`` hold where a class has none of its own.
+    Seconds for ``ANY_CLASS`` hold where a class has none of its own. ``streamed`` are the least bytes of each component
+    where its blocks pass through the device; empty where they cannot.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StageFacts:
     working_bytes: int = 0
     load_seconds: Mapping[str, float] = field(default_factory=dict)
     ahead_items: float = math.inf
+    streamed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +327,8 @@ class Controller:
             (job.name, stage.name) not in here and self._load_seconds(job, stage, kind) > 0 for job, stage in waiting
         ):
             return False
-        return not fits([option for work in waiting for option in self._options(*work, kind)], memory_bytes)
+        able = [usable(self._options(*work, kind), memory_bytes) for work in waiting]
+        return not fits([options[0] for options in able if options], memory_bytes)
 
     def _load_seconds(self, job: JobFacts, stage: StageFacts, kind: _DeviceKind) -> float:
         usual = stage.load_seconds.get(kind.device_class, stage.load_seconds.get(ANY_CLASS, 0.0))
@@ -350,20 +353,21 @@ class Controller:
             return ()
         seconds = self.seconds_per_item((job.name, stage.name), kind.device_class) * math.exp(kind.level * STEP)
         load = self._load_seconds(job, stage, kind)
-        return [Option(seconds, job.batch, stage.weights, stage.working_bytes, load)]
+        whole = Option(seconds, job.batch, stage.weights, stage.working_bytes, load)
+        counted = self._item_work.get((job.model, stage.name))
+        measured = counted is None or self.costs.count(job.model, stage.name, kind.device_class)
+        passing = 0.0 if measured or counted is None else counted.call_bytes
+        return ways(whole, stage.streamed, kind.device_class, passing)
 
     def _seat(self, name: str, placement: Placement) -> Seat:
         roles = placement.roles[name]
         own = tuple(sorted(((role.job, role.stage) for role in roles if role.share > 0), key=self._order))
         helps = tuple(sorted((role.job, role.stage) for role in roles if role.share <= 0))
         options = [role.option for role in roles if role.share > 0]
-        weights: dict[str, int] = {}
-        for option in options:
-            weights.update(option.weights)
         device_class = self._kinds[name].device_class
-        seen = (self._working.get((self._jobs[job].model, stage, device_class), 0) for job, stage in own)
-        working = max((*seen, *(option.working_bytes for option in options)), default=0)
-        crowded = sum(weights.values()) + working > self._devices[name].memory_bytes
+        seen = [self._working.get((self._jobs[job].model, stage, device_class), 0) for job, stage in own]
+        needs = [replace(option, working_bytes=max(option.working_bytes, *seen)) for option in options]
+        crowded = not fits(needs, self._devices[name].memory_bytes)
         loads = sum(option.load_seconds for option in options)
         tasks = sum(option.seconds_per_item * option.batch for option in options)
         return Seat(own, helps, turns=crowded and loads > FREE_LOADS * tasks)

@@ -11,7 +11,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
@@ -25,6 +25,7 @@ from dfdask.prompts import ItemTable
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
 from dfdask.tags import stage_resource, task_key
+from dfdask.words import size
 from dfdask.worker import Preload, inspect_here, run_stage, write_shard
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ STOP_SECONDS = 10.0  # that running shards get to finish in when the job is stop
 class Work:
     """All that a driver needs to know of a job. ``token`` names the run in task keys.
 
-    ``cost_key`` is what its costs are learnt by; ``weights`` are the bytes of each stage's components; ``priority`` is
-    its part of the workers' time in relation to other jobs.
+    ``cost_key`` is what its costs are learnt by; ``weights`` are the bytes of each stage's components, ``streamed``
+    those that stay where they are streamed; ``priority`` is its part of the workers' time in relation to other jobs.
     """
 
     ref: ModelRef
@@ -60,6 +61,7 @@ class Work:
     provenance: dict[str, Any]
     cost_key: str
     weights: Mapping[str, Mapping[str, int]]
+    streamed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     priority: float = 1.0
 
 
@@ -186,10 +188,15 @@ class Driver:
         elif now - self._covered > PATIENCE_SECONDS:
             address = self._client.scheduler.address if self._client.scheduler else "SCHEDULER"
             raise ClusterError(
-                f"no workers for {', '.join(missing)} in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker "
-                f"{address} --stages {','.join(missing)}"
+                f"no workers for {', '.join(map(self._with_size, missing))} in {PATIENCE_SECONDS:.0f} s; start one "
+                f"with: dfdask worker {address} --stages {','.join(missing)}"
             )
         self._on_cluster(state)
+
+    def _with_size(self, stage: str) -> str:
+        """The stage and the memory that its weights take of a device at least."""
+        least = sum((self._work.streamed.get(stage) or self._work.weights.get(stage, {})).values())
+        return f"{stage} ({size(least)} of weights at least)" if least else stage
 
     def _ask(self, handler: str, **arguments: Any) -> Any:
         """What the gate answers."""
@@ -205,6 +212,7 @@ class Driver:
                 "name": stage,
                 "weights": dict(work.weights.get(stage, {})),
                 "load_seconds": {ANY_CLASS: _load_seconds(work, stage)},
+                "streamed": dict(work.streamed.get(stage, {})),
             }
             for stage in work.stages
         ]

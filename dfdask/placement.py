@@ -9,7 +9,6 @@ models on every worker and with whole workers only; all are judged by the same c
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +18,11 @@ from dfdask.capacity import Device as Device  # part of this interface, as the n
 from dfdask.capacity import Option as Option
 from dfdask.capacity import Role as Role
 from dfdask.capacity import StageWork as StageWork
-from dfdask.capacity import fits, load_seconds
+from dfdask.capacity import fits, load_seconds, usable
 from dfdask.fluid import Demand, Flow, Group, best_flow, fastest_seconds
 
 MARGIN = 0.03
 """The part by which a change must be better than none."""
-_MOST_COMBINATIONS = 256
 _MOST_LOST = 0.999
 """Of a worker's time at most, by loads: a stage that nobody else runs must go on."""
 _NOTHING = 1e-6
@@ -145,7 +143,7 @@ class _Fleet:
         name, memory = kind
         found = {}
         for place, work in enumerate(self.works):
-            fitting = [option for option in work.options.get(name, ()) if fits([option], memory)]
+            fitting = usable(work.options.get(name, ()), memory)
             if work.items > 0 and fitting:
                 found[place] = min(fitting, key=lambda option: option.seconds_per_item)
         return found
@@ -273,7 +271,7 @@ class _Fleet:
                 for place, share in shares.items():
                     rates[place] += share / cells[key].options[place].seconds_per_item
             turning = {
-                key: self._cheapest(key, shares, rates, len(members))
+                key: self._in_turns(key, shares, rates, len(members))
                 for (key, members), shares in zip(groups.items(), flow.shares, strict=True)
                 if together[key] is None
             }
@@ -315,33 +313,20 @@ class _Fleet:
     def _options(self, kind: _Class, places: tuple[int, ...]) -> dict[int, Option]:
         return {place: self.fastest[kind][place] for place in places}
 
-    def _cheapest(self, key: _Key, shares: Mapping[int, float], rates: Mapping[int, float], members: int) -> _Cell:
-        """Turns with the fastest options, or slower options that fit side by side: what loses less time."""
-        (name, memory), places = key
-        fastest = self._options(*key)
+    def _in_turns(self, key: _Key, shares: Mapping[int, float], rates: Mapping[int, float], members: int) -> _Cell:
+        """One stage after another, each for as long as its results may wait for the next one."""
+        options = self._options(*key)
         items = {  # of each member until the end: its part of the rate that all have together
             place: self.works[place].items * shares[place] / option.seconds_per_item / rates[place] / members
             if place in shares
             else 0.0
-            for place, option in fastest.items()
+            for place, option in options.items()
         }
         cycles = max(
-            (math.ceil(items[place] / self.works[place].ahead_items - _NOTHING) for place in places), default=1
+            (math.ceil(items[place] / self.works[place].ahead_items - _NOTHING) for place in options), default=1
         )
-        once = sum(option.load_seconds for option in fastest.values())
-        turns = _Cell(fastest, max(cycles - 1, 0) * once)
-        best, lost = turns, turns.turns_seconds
-        choices = [self.works[place].options[name] for place in places]
-        if math.prod(map(len, choices)) <= _MOST_COMBINATIONS:
-            for combination in itertools.product(*choices):
-                options = dict(zip(places, combination, strict=True))
-                more = sum(
-                    items[place] * (option.seconds_per_item - fastest[place].seconds_per_item)
-                    for place, option in options.items()
-                )
-                if more < lost and fits(combination, memory):
-                    best, lost = _Cell(options), more
-        return best
+        once = sum(option.load_seconds for option in options.values())
+        return _Cell(options, max(cycles - 1, 0) * once)
 
     # -- the result
 

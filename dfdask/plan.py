@@ -10,17 +10,19 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from dfdask.capacity import ways
 from dfdask.cost import CostModel, Prediction, TaskWork
 from dfdask.errors import ModelError, SpecError
 from dfdask.items import Item
-from dfdask.placement import Device, Option, StageWork, place
+from dfdask.placement import Device, Option, Role, StageWork, place
 from dfdask.prepare import batch_size
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.model import model_ref, with_defaults
-from dfdask.stages.weights import cost_key
+from dfdask.stages.weights import component_bytes, cost_key
 from dfdask.words import count, duration, size
 
 LOAD_BYTES_PER_SECOND = 4.75e9
@@ -115,30 +117,30 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
     classes = sorted({device.device_class for device in devices})
     measured = ref.fake is not None
     stages, load = [], []
-    for name, (work, weights) in works.items():
+    for name, work in works.items():
         seconds: dict[str, Prediction | None] = {}
+        loading = sum(work.weights.values()) / LOAD_BYTES_PER_SECOND
+        options = {}
         for kind in classes:
+            seen = costs.count(key, name, kind) > 0
             if ref.fake:
-                seconds[kind] = Prediction(spec_seconds(spec, name) * batch, 0.0)
-            elif costs.count(key, name, kind) or costs.rates_of(kind):
-                seen = costs.count(key, name, kind) > 0
+                one: Prediction | None = Prediction(spec_seconds(spec, name) * batch, 0.0)
+            elif seen or costs.rates_of(kind):
                 measured = measured or seen
                 # What runs teach is by items alone.
-                seconds[kind] = costs.predict(key, name, kind, TaskWork(batch) if seen else work)
+                one = costs.predict(key, name, kind, TaskWork(batch) if seen else work.task)
             else:
-                seconds[kind] = None
-        stages.append(StageForecast(name, sum(weights.values()), seconds))
-        loading = sum(weights.values()) / LOAD_BYTES_PER_SECOND
-        options = {
-            kind: [Option(max(one.seconds / batch, 1e-9) if one else 1.0, batch, weights, 0, loading)]
-            for kind, one in seconds.items()
-        }
+                one = None
+            seconds[kind] = one
+            whole = Option(max(one.seconds / batch, 1e-9) if one else 1.0, batch, work.weights, 0, loading)
+            options[kind] = ways(whole, work.streamed, kind, 0.0 if seen else work.passing_bytes)
+        stages.append(StageForecast(name, sum(work.weights.values()), seconds))
         load.append(StageWork("job", name, total, options))
     placement = place(load, devices)
     known = all(one is not None for stage in stages for one in stage.seconds.values())
     impossible = tuple(stage for _, stage in placement.impossible)
     roles = Counter(
-        f"{'+'.join(role.stage for role in held if role.share > 0) or 'idle'} on {device.device_class}"
+        f"{'+'.join(_named(role) for role in held if role.share > 0) or 'idle'} on {device.device_class}"
         for device in devices
         for held in [placement.roles[device.name]]
     )
@@ -187,15 +189,26 @@ def _local(spec: JobSpec) -> list[Device]:
     return [Device(f"local {number}", "cpu", memory) for number in range(workers)]
 
 
-_Works = dict[str, tuple[TaskWork, dict[str, int]]]
+def _named(role: Role) -> str:
+    return f"{role.stage} (streamed)" if role.option.streamed else role.stage
 
 
-def _fake(spec: JobSpec, batch: int) -> _Works:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Of a stage: what a task has to do, the bytes of its components, and what streaming them keeps and moves."""
+
+    task: TaskWork
+    weights: dict[str, int] = field(default_factory=dict)
+    streamed: dict[str, int] = field(default_factory=dict)
+    passing_bytes: float = 0.0
+
+
+def _fake(spec: JobSpec, batch: int) -> dict[str, _Work]:
     names = () if isinstance(spec.model, str) else spec.model.fake.stages
-    return {name: (TaskWork(batch), {}) for name in names}
+    return {name: _Work(TaskWork(batch)) for name in names}
 
 
-def _counted(spec: JobSpec, sample: list[Item]) -> _Works:
+def _counted(spec: JobSpec, sample: list[Item]) -> dict[str, _Work]:
     from dfdask.stages.cut import stage_names
     from dfdask.stages.model import WHOLE, locate
     from dfdask.stages.profile import stage_profiles
@@ -210,9 +223,20 @@ def _counted(spec: JobSpec, sample: list[Item]) -> _Works:
                 f"model: the operations of {name} cannot be counted ({profile.problem}); "
                 "run a few items and plan from what they took"
             )
+    whole, kept = (_by_name(component_bytes(ref, streamed)[WHOLE]) for streamed in (False, True))
     return {
-        name: (profile.item_work.work(len(sample)), dict(profile.weight_bytes)) for name, profile in profiles.items()
+        name: _Work(
+            profile.item_work.work(len(sample)),
+            {part: whole.get(part, size) for part, size in profile.weight_bytes.items()},
+            {part: kept.get(part, size) for part, size in profile.weight_bytes.items()},
+            profile.item_work.call_bytes,
+        )
+        for name, profile in profiles.items()
     }
+
+
+def _by_name(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name.rpartition("/")[2]: size for name, size in sizes.items()}
 
 
 def _doubt(stages: list[StageForecast]) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from dfdask.options import PROFIT
-
+PROFIT = 0.02
+"""The part of its time that an item must save for a larger batch to be worth its memory and its wait."""
 _KEPT = 7
 
 

@@ -291,7 +291,7 @@ def _prepare(
     location = resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
         location = unoccupied(location)
-    weights = component_bytes(ref)
+    weights, streamed = component_bytes(ref), {} if ref.fake else component_bytes(ref, streamed=True)
     location.check_writable()
     made_with = versions()
     if RunStore.exists(location):
@@ -317,6 +317,7 @@ def _prepare(
         provenance={"versions": made_with},
         cost_key=cost_key(spec, ref),
         weights=weights,
+        streamed=streamed,
         priority=spec.priority,
     )
     store.sweep()

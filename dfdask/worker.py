@@ -21,7 +21,6 @@ from dfdask.errors import ClusterError, DfdaskError, StorageError
 from dfdask.first_costs import COUNT
 from dfdask.gate import BEGAN
 from dfdask.items import Item
-from dfdask.options import Hint
 from dfdask.quarantine import KILLS_TO_BLAME
 from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
 from dfdask.stages.budget import MEMORY_BYTES
@@ -71,7 +70,7 @@ def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
         began = time.perf_counter()
         if worker.state.executing_count or worker.state.ready or worker.state.in_flight_tasks_count:
             return None
-        held, came = _ready(pickle.loads(ref), stage, Hint(), worker)
+        held, came = _ready(pickle.loads(ref), stage, worker)
     return {"seconds": time.perf_counter() - began if came else 0.0, "holds": _holds(held) or []}
 
 
@@ -127,7 +126,7 @@ def run_stage(
     try:
         with _importing:
             asked = time.perf_counter()
-            held, came = _ready(ref, stage, Hint.of(note.get("hint")), get_worker())
+            held, came = _ready(ref, stage, get_worker())
             # Looking whether all is there takes time too, which says nothing of what a load takes.
             load_seconds = time.perf_counter() - asked if came else 0.0
         started = time.time()
@@ -158,14 +157,14 @@ def _is_committed(location: Location, shard: int) -> bool:
         return False
 
 
-def _ready(ref: ModelRef, stage: str, hint: Hint, worker: Any) -> tuple[Stage, bool]:
+def _ready(ref: ModelRef, stage: str, worker: Any) -> tuple[Stage, bool]:
     """The stage with its weights where they are computed with, and whether any had to come there."""
     tags = read_tags(worker.state.total_resources)
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
     before = loaded_here()
-    held = held_stage(ref, stage, hint)
+    held = held_stage(ref, stage)
     prepare = getattr(held, "prepare", None)
     if prepare is not None:
         prepare()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dfdask.items import Item
-from dfdask.options import Hint
+from dfdask.stages import held as held_stages
 from dfdask.stages.batch import Batch, Rows, run_batch
 from dfdask.stages.component import Weights
 from dfdask.stages.held import HeldStage
@@ -125,17 +125,16 @@ def test_two_stages_that_do_not_fit_together_take_turns(capped: int) -> None:
     for _ in range(3):
         for name in ("one", "three"):
             held = device.get(REF, name)
-            held.hint = Hint(working_bytes=1 << 28)
             first = run(held, 2)
             assert torch.equal(first, run(held, 2)) and torch.isfinite(first).all()
             assert torch.cuda.memory_allocated() <= capped
     assert device.loads == 2
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(capped: int) -> None:
+def test_out_of_memory_halves_the_batch_and_loses_nothing(capped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Here(capped, 16, 100 << 20)  # 0.5 GiB of weights, 0.1 GiB an item
     held = device.get(REF, "tower")
-    held.hint = Hint("resident", working_bytes=0)
+    monkeypatch.setattr(held_stages, "_UNKNOWN_PART", 1 << 60)  # no room is left to activations at first
     stage: Any = held.stage
     together = run(held, 40)
     assert stage.calls[0] == 40 and max(stage.calls[2:]) <= 20
@@ -145,10 +144,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(capped: int) -> None:
     assert torch.equal(run(held, 40), together) and max(stage.calls) <= limit, "the limit is known now"
 
 
-def test_out_of_memory_with_one_item_streams_more(capped: int) -> None:
+def test_out_of_memory_with_one_item_streams_more(capped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Here(capped, 56, 1 << 30)  # 1.75 GiB of weights, 1 GiB for the item
     held = device.get(REF, "tower")
-    held.hint = Hint("resident", working_bytes=0)
+    monkeypatch.setattr(held_stages, "_UNKNOWN_PART", 1 << 60)  # no room is left to activations at first
     found = run(held, 1)
     assert held.weights[0].streamed and torch.isfinite(found).all()
     assert torch.equal(found, run(held, 1))

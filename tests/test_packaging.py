@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
-        *("cost", "fluid", "capacity", "placement", "options", "profit", "dispatch", "controller", "fleets", "scaling"),
+        *("cost", "fluid", "capacity", "placement", "blocks", "profit", "dispatch", "controller", "fleets", "scaling"),
         *("four", "linear", "flow", "ledger", "quarantine", "stragglers", "views"),
     },
     "storage": {

@@ -9,6 +9,7 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfdask.capacity import LINK_BYTES_PER_SECOND, usable, ways
 from dfdask.fluid import Demand, Group, best_flow
 from dfdask.placement import Device, Option, Placement, StageWork, place
 
@@ -160,7 +161,8 @@ def test_once_placed_nothing_moves(load: list[StageWork], devices: list[Device])
         assert again.score > again.stay_score * 1.03
         third = place(load, present(devices, again))
         assert third.policy == "as it is" or third.score > third.stay_score * 1.03
-    assert again.score >= first.score * (1 - 1e-6)
+    # What turns take of the time counts until an end that loads put off: a little more of it once they are done.
+    assert again.score >= first.score * (1 - 1e-2)
 
 
 def test_no_workers_no_work_and_nothing_possible() -> None:
@@ -178,21 +180,27 @@ def test_a_single_worker_has_every_stage() -> None:
     assert math.isclose(sum(role.share for role in placement.roles["only"]), 1, rel_tol=0.05)
 
 
-def test_streaming_beats_short_turns_and_long_turns_beat_streaming() -> None:
-    def chosen(ahead: float) -> bool:
+def test_what_fits_nowhere_as_a_whole_is_streamed_and_nothing_beside_it() -> None:
+    def roles(memory: int) -> dict[str, bool]:
         load = [
-            StageWork(
-                "a",
-                stage,
-                1000,
-                {"gpu": [Option(1.0, 4, {stage: 9}, 1, 5.0), Option(1.1, 4, {}, 3, 0.0, streamed=True)]},
-                ahead_items=ahead,
-            )
-            for stage in ("encode", "denoise")
+            StageWork("a", stage, 1000, {"gpu": ways(Option(1.0, 4, {stage: size}, 1, 0.5), {stage: 2}, "gpu")})
+            for stage, size in (("encode", 3), ("denoise", 9))
         ]
-        return any(role.option.streamed for role in place(load, [Device("gpu", "gpu", 12)]).roles["gpu"])
+        return {role.stage: role.option.streamed for role in place(load, [Device("gpu", "gpu", memory)]).roles["gpu"]}
 
-    assert chosen(10) and not chosen(1000)
+    assert roles(13) == roles(10) == {"encode": False, "denoise": False}, "side by side, and in turns"
+    assert roles(9) == {"encode": False, "denoise": True}
+    assert roles(2) == {}
+
+
+def test_a_cpu_streams_nothing() -> None:
+    whole = Option(1.0, 1, {"dit": 9})
+    assert ways(whole, {"dit": 2}, "cpu") == ways(whole, {}, "gpu") == [whole]
+    assert [option.streamed for option in ways(whole, {"dit": 2}, "gpu")] == [False, True]
+    slow = ways(whole, {"dit": 2}, "gpu", passing_bytes=2 * LINK_BYTES_PER_SECOND)
+    assert [option.seconds_per_item for option in slow] == [1.0, 2.0], "its weights have to pass by"
+    large, small = (usable(ways(whole, {"dit": 2}, "gpu"), memory) for memory in (9, 8))
+    assert [option.streamed for option in large] == [False] and [option.streamed for option in small] == [True]
 
 
 def test_weights_divide_the_fleet() -> None:

@@ -44,9 +44,18 @@ def test_an_unknown_device_is_not_guessed_until_tasks_were_seen() -> None:
 
 
 def test_too_little_memory_is_named() -> None:
-    found = forecast(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS), "2xH100:0.01GB")
-    assert found.impossible == ("denoise",) and found.seconds is None
+    found = forecast(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS), "2xH100:0.002GB")
+    assert "denoise" in found.impossible and found.seconds is None
     assert any(label == "impossible" for label, _ in found.rows())
+
+
+def test_what_does_not_fit_as_a_whole_is_streamed_and_says_so() -> None:
+    spec = JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS)
+    found = forecast(spec, "2xH100:0.009GB")
+    assert not found.impossible and found.seconds is not None
+    assert any("denoise (streamed)" in text for label, text in found.rows() if label == "roles")
+    large = forecast(spec, "2xH100:1GB")
+    assert not any("streamed" in text for _, text in large.rows())
 
 
 def test_fleets_are_read() -> None:

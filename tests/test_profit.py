@@ -5,8 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from dfdask.options import PROFIT
-from dfdask.profit import BatchSearch
+from dfdask.profit import PROFIT, BatchSearch
 
 
 def search(most: int, item_seconds: dict[int, float], calls: int = 40) -> tuple[BatchSearch, list[int]]:

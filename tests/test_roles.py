@@ -160,3 +160,26 @@ def test_a_forecast_ages(decided: Roles, clock: Clock) -> None:
     assert decided.forecast_seconds == {"job": 6.0, "never": math.inf}
     clock.now += 40.0
     assert decided.forecast_seconds["job"] == 0.0
+
+
+def test_a_stage_that_does_not_fit_is_streamed_in_turns_with_the_others() -> None:
+    stages = (
+        StageFacts("encode", {"text": 10}, load_seconds={"*": 1.0}, streamed={"text": 2}),
+        StageFacts("denoise", {"dit": 24}, load_seconds={"*": 2.0}, streamed={"dit": 3}),
+        StageFacts("decode", {"vae": 1}, load_seconds={"*": 0.1}, streamed={"vae": 1}),
+    )
+
+    def roles_on(memory: int, device_class: str = "gpu") -> tuple[Controller, dict[str, bool]]:
+        controller = Controller()
+        controller.add_device(Device("w", device_class, memory))
+        controller.add_job(JobFacts("job", "model", stages, 1000, batch=4))
+        placement = controller.decide().placement
+        return controller, {role.stage: role.option.streamed for role in placement.roles["w"]}
+
+    whole, streamed = roles_on(40), roles_on(16)
+    assert whole[1] == dict.fromkeys(("encode", "denoise", "decode"), False)
+    assert streamed[1] == {"encode": False, "denoise": True, "decode": False}
+    seats = [one.seat("w") for one, _ in (whole, streamed)]
+    assert [seat.turns for seat in seats if seat] == [False, True], "what is streamed takes what room there is"
+    assert "denoise" not in roles_on(16, "cpu")[1], "a CPU has nothing to stream from"
+    assert streamed[0].works_ahead and not whole[0].works_ahead

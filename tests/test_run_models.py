@@ -14,6 +14,9 @@ from tiny_models import ARGUMENTS
 
 from dfdask.errors import ModelError
 from dfdask.run import submit
+from dfdask.spec import JobSpec
+from dfdask.stages.model import model_ref
+from dfdask.stages.weights import component_bytes
 
 Tiny = Callable[[str], Path]
 
@@ -45,6 +48,15 @@ def test_a_component_that_is_not_there_makes_no_run(client: Client, tiny: Tiny, 
     with pytest.raises(ModelError, match="lacks its component 'unet'"):
         submit(job(model, tmp_path, "sd"), client=client)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_does_not_hold_a_stage_as_a_whole_gets_it_all_the_same(tmp_path: Path) -> None:
+    spec = {"model": "bundled", "prompts": ["a", "b", "c"], "output": str(tmp_path / "run")}
+    weights = component_bytes(model_ref(JobSpec(**spec)))
+    memory = sum(weights["denoise"].values()) - 1
+    assert all(sum(weights[stage].values()) < memory for stage in ("encode", "decode"))
+    run = submit({**spec, "workers": [{"count": 1, "device_class": "short", "memory": memory}]}).wait(timeout=100)
+    assert run.progress.phase == "finished" and not run.failures()
 
 
 def received(dask_worker: Any) -> dict[str, int]:

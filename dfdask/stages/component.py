@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfdask.blocks import LARGEST_PART
 from dfdask.stages.packing import Unit
 from dfdask.stages.streaming import Streamer
 
 _FILLING_THREADS = 8
-_LARGEST_PART = 8
-"""A block of more than one part in so many is streamed by the blocks inside it."""
 
 
 class Weights:
@@ -131,7 +130,7 @@ class Weights:
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model: entries of its lists; of one that is too large, the entries of lists inside."""
-    limit = _nbytes(module) // _LARGEST_PART
+    limit = _nbytes(module) // LARGEST_PART
     found: list[nn.Module] = []
 
     def visit(part: nn.Module, in_list: bool) -> None:

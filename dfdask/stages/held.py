@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dfdask.batching import call_key
 from dfdask.errors import ClusterError
-from dfdask.options import Hint
 from dfdask.profit import BatchSearch
 from dfdask.stages.batch import Stage, is_out_of_memory
 
@@ -27,16 +26,14 @@ _OF_TIME_ALONE = ("num_inference_steps",)
 
 
 class HeldStage:
-    """A stage with its weights; runs on the device, as its hint says."""
+    """A stage with its weights; runs on the device, in batches that fit there."""
 
     def __init__(
         self, residency: Residency, stage: Stage, weights: Sequence[Weights], is_compiled: bool = False
     ) -> None:
-        self.hint = Hint()
         self.stage = stage
         self.weights = tuple(weights)
         self.is_compiled = is_compiled
-        self.is_short = False
         self.switch_seconds = 0.0
         self.peak_bytes = 0
         self.device_seconds = 0.0
@@ -58,7 +55,7 @@ class HeldStage:
         self.device_seconds = 0.0
         with self._residency.lock:
             self._residency.place(self, self.room_bytes(items))
-            self._tile(self._tiled or self.hint.tiled)
+            self._tile(self._tiled)
             self._residency.settle()
         self.switch_seconds = time.perf_counter() - began
 
@@ -82,7 +79,7 @@ class HeldStage:
     def most_items(self, items: Sequence[Item]) -> int:
         """How many items of this kind may run at once."""
         kind = _memory_key(items)
-        count = min(self._most.get(kind, len(items)), self.hint.batch or len(items))
+        count = min(self._most.get(kind, len(items)), len(items))
         if self._peaks.get(kind):
             # By what fewer items took: what needs more than there is, be every block streamed, is not tried.
             while count > 1 and self.room_bytes(items[:count]) > self._residency.most_room_bytes(self):
@@ -145,7 +142,7 @@ class HeldStage:
         }
 
     def room_bytes(self, items: Sequence[Item]) -> int:
-        """What activations will take beside the weights: measured, else as the hint says, else a guess."""
+        """What activations will take beside the weights: measured, else a guess."""
         if items:
             known, count = self._peaks.get(_memory_key(items), {}), len(items)
         else:
@@ -158,15 +155,12 @@ class HeldStage:
             return int(known[smaller] * count / smaller * _MARGIN)
         if known:
             return int(min(known.values()) * _MARGIN)
-        if self.hint.working_bytes is not None:
-            return self.hint.working_bytes
         return self._residency.device_bytes // _UNKNOWN_PART
 
     def _stream_more(self, items: Sequence[Item]) -> bool:
         """Stream more blocks, if there are any; what others hold of the device's memory may leave it to less still."""
         if self._residency.unified:
             return False
-        self.is_short = True
         before = [weights.streamed for weights in self.weights]
         room = max(self.room_bytes(items), self._residency.device_bytes // _LEAST_PART)
         while room < self._residency.device_bytes:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dfdask.options import Hint, streamed_blocks, streamed_name
+from dfdask.blocks import kept_bytes, streamed_blocks, streamed_name
 from dfdask.stages.batch import Stage, is_out_of_memory
 from dfdask.stages.budget import MEMORY_BYTES, Measured, budgets
 from dfdask.stages.fake import FakeDevice, FakeStage
@@ -31,7 +31,7 @@ DEVICE_CLASS = "DFDASK_DEVICE_CLASS"
 """Environment variable: the class of this process's device."""
 
 
-def held_stage(ref: ModelRef, name: str, hint: Hint | None = None) -> Stage:
+def held_stage(ref: ModelRef, name: str) -> Stage:
     """The stage ``name`` of a model, read from disk if it is not here yet; a worker calls it off its event loop.
 
     Raises ModelError, ClusterError.
@@ -42,9 +42,7 @@ def held_stage(ref: ModelRef, name: str, hint: Hint | None = None) -> Stage:
     with _lock:
         if device not in _residencies:
             _residencies[device] = Residency.of_this_process(device)
-    held = _residencies[device].get(ref, name)
-    held.hint = hint or Hint()
-    return held
+    return _residencies[device].get(ref, name)
 
 
 def _fake_stage(ref: ModelRef, name: str) -> FakeStage:
@@ -128,8 +126,7 @@ class Residency:
         What is in place and fits stays as it is; with ``forced`` only where it is as this call would have it.
         """
         if self.unified:
-            streams = held.hint.mode == "streamed"
-            return self._place(held, self._choose(held, room_bytes) if streams else [()] * len(held.weights))
+            return self._place(held, [()] * len(held.weights))
         if self._is_placed(held, room_bytes) and not forced:
             return
         chosen = self._choose(held, room_bytes)
@@ -187,9 +184,6 @@ class Residency:
     def _choose(self, held: HeldStage, room_bytes: int) -> list[tuple[int, ...]]:
         """The blocks of each component to stream. Small components come first: they stay, the largest is streamed."""
         allowed = self.device_bytes - room_bytes
-        total = sum(weights.nbytes for weights in held.weights)
-        if held.hint.mode == "resident" and not held.is_short and total <= self.device_bytes:
-            allowed = max(allowed, total)
         chosen: dict[str, tuple[int, ...]] = {}
         for weights in sorted(held.weights, key=lambda weights: weights.nbytes):
             blocks = streamed_blocks(weights.block_bytes, weights.core_bytes, allowed)
@@ -240,6 +234,4 @@ class Residency:
 
 
 def _placed_bytes(weights: Weights, blocks: Sequence[int]) -> int:
-    from dfdask.options import kept_bytes
-
     return weights.core_bytes + kept_bytes(weights.block_bytes, blocks)

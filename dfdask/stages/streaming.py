@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfdask.options import SLOTS
+from dfdask.blocks import SLOTS
 from dfdask.stages.packing import Unit
 
 

@@ -225,7 +225,6 @@ def residency(options: argparse.Namespace) -> None:
     import torch
 
     from dfdask.items import Item
-    from dfdask.options import Hint
     from dfdask.spec import JobSpec
     from dfdask.stages.batch import Batch, run_batch
     from dfdask.stages.model import model_ref
@@ -241,7 +240,7 @@ def residency(options: argparse.Namespace) -> None:
         work = Batch.start(items)
         for name in ("encode", "denoise", "decode"):
             began = time.perf_counter()
-            held[name] = held_stage(ref, name, Hint())
+            held[name] = held_stage(ref, name)
             read = time.perf_counter() - began
             held[name].prepare(items)
             switch = held[name].switch_seconds

@@ -16,8 +16,8 @@ from torch import nn
 
 from dfdask.errors import ClusterError, ModelError
 from dfdask.items import Item
-from dfdask.options import Hint
 from dfdask.spec import FakeStages
+from dfdask.stages import held as held_stages
 from dfdask.stages import residency
 from dfdask.stages.batch import Batch, Rows, run_batch
 from dfdask.stages.component import Weights
@@ -115,13 +115,10 @@ def run(held: HeldStage, count: int) -> Any:
 def test_what_fits_is_on_the_device_and_what_was_used_longest_ago_makes_room() -> None:
     device = Device(20 * 1024)
     stages = {name: device.get(REF, name) for name in ("a", "b", "c")}
-    room = Hint(working_bytes=2048)
-    for name in ("a", "b"):
-        stages[name].hint = room
+    for name in ("a", "b"):  # 2 KiB are left to activations
         run(stages[name], 1)
     assert sorted(device.holds()) == ["a", "b"] and device.used_bytes() == 16 * 1024
     device.get(REF, "a")
-    stages["c"].hint = room
     run(stages["c"], 1)
     assert [name for name in ("a", "b", "c") if device.get(REF, name).weights[0].on_device] == ["a", "c"]
     assert device.used_bytes() == 18 * 1024, "only as much was dropped as had to be"
@@ -131,23 +128,27 @@ def test_what_fits_is_on_the_device_and_what_was_used_longest_ago_makes_room() -
     assert device.loads == 3, "nothing was read from disk again"
 
 
-@pytest.mark.parametrize("mode", ["auto", "streamed", "resident"])
-def test_what_does_not_fit_is_streamed(mode: Any) -> None:
+def test_what_does_not_fit_is_streamed() -> None:
     large, small = Device(1 << 20), Device(6 * 1024)
     held, short = large.get(REF, "a"), small.get(REF, "a")
     for one, other in zip(held.weights, short.weights, strict=True):
         other.module.load_state_dict(one.module.state_dict())
-    short.hint = Hint(mode, working_bytes=1024)
     assert torch.equal(run(held, 1), run(short, 1))
     assert not held.weights[0].streamed and len(short.weights[0].streamed) >= 4
     assert small.used_bytes() <= 5 * 1024 and small.holds() == ["a (streamed)"]
 
 
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room is left to activations before they were measured."""
+    monkeypatch.setattr(held_stages, "_UNKNOWN_PART", 1 << 60)
+
+
+@pytest.mark.usefixtures("no_room")
 def test_out_of_memory_drops_others_then_halves_and_learns() -> None:
     device = Device(16 * 1024)
     run(device.get(REF, "other"), 1)
     held = device.get(REF, "a")
-    held.hint = Hint("resident", working_bytes=0)
     stage: Any = held.stage
     run(held, 30)
     assert stage.calls == [30, 30, 15, 7, 8, 7, 8], "first the other stage makes room"
@@ -183,10 +184,10 @@ def test_what_fewer_items_took_tells_how_many_fit_at_any_number_of_steps() -> No
     assert held.most_items(wide * 16) == 16, "of other calls nothing is known"
 
 
+@pytest.mark.usefixtures("no_room")
 def test_out_of_memory_with_one_item_streams_more() -> None:
     device = Device(9 * 1024)
     held = device.get(REF, "a")
-    held.hint = Hint("resident", working_bytes=0)
     stage: Any = held.stage
     stage.item_bytes = 4 * 1024
     expected = run(held, 1)
@@ -200,10 +201,10 @@ def test_out_of_memory_with_one_item_streams_more() -> None:
     assert torch.equal(run(held, 1), expected), "the next items are not the worse for it"
 
 
+@pytest.mark.usefixtures("no_room")
 def test_where_others_take_of_the_memory_more_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(12 * 1024)
     held = device.get(REF, "a")
-    held.hint = Hint("resident", working_bytes=0)
     expected = run(held, 1)
     place = Weights.place
 
@@ -219,14 +220,18 @@ def test_where_others_take_of_the_memory_more_is_streamed(monkeypatch: pytest.Mo
     assert len(held.weights[0].streamed) >= 4
 
 
-def test_the_hint_says_how_many_items_run_at_once() -> None:
+def limit(held: HeldStage, count: int) -> None:
+    held._most[held_stages._memory_key(items(1))] = count
+
+
+def test_what_ran_out_of_memory_once_runs_in_parts_and_comes_together_again() -> None:
     device = Device(1 << 20)
     held = device.get(REF, "a")
-    held.hint = Hint(batch=4)
+    limit(held, 4)
     stage: Any = held.stage
     batch = run_batch("encode", held, Batch.start(items(10)))
     assert stage.calls == [3, 3, 4]
-    held.hint = Hint(batch=16)
+    limit(held, 16)
     stage.calls.clear()
     run_batch("denoise", held, batch)
     assert stage.calls == [10], "what was parted comes together again"
@@ -268,7 +273,7 @@ def test_the_batch_that_is_fastest_by_the_devices_clock_is_found(item_seconds: d
 def test_what_an_earlier_stage_parted_comes_together_as_far_as_it_fits_before_a_size_is_tried() -> None:
     device = Device(1 << 20)
     first, second = device.get(REF, "a"), device.get(REF, "b")
-    first.hint = Hint(batch=2)
+    limit(first, 2)
     stage: Any = second.stage
     device.measured = lambda: Clock(lambda: float(stage.calls[-1] if stage.calls else 1))  # type: ignore[assignment, return-value]
     for _ in range(2):
@@ -307,9 +312,8 @@ def test_budgets_come_from_the_environment_or_the_worker(monkeypatch: pytest.Mon
             Residency.of_this_process("cpu")
 
 
-def test_a_pipeline_within_a_budget_streams_and_makes_the_same(
-    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_room")
+def test_a_pipeline_within_a_budget_streams_and_makes_the_same(tiny: Callable[[str], Path]) -> None:
     folder = tiny("pixart_sigma")
     ref = ModelRef(str(folder), digest(folder), "float32", "cpu", False)
     call = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 16}
@@ -317,13 +321,12 @@ def test_a_pipeline_within_a_budget_streams_and_makes_the_same(
     found = []
     largest = 0
     for short in (False, True):
-        if short:
-            monkeypatch.setenv("DFDASK_MEMORY_BYTES", str(largest * 2 // 3))
-        residency._residencies.clear()
+        # On a CPU, which has no other memory to stream from, a device is played that has.
+        residency._residencies["cpu"] = Residency("cpu", largest * 2 // 3 if short else 1 << 40, 1 << 40, unified=False)
         batch = Batch.start([Item(row, f"i{row}", "a sea", row, call) for row in range(2)])
         streamed = 0
         for name in ("encode", "denoise", "decode"):
-            held: Any = held_stage(ref, name, Hint("streamed", batch=2, working_bytes=0))
+            held: Any = held_stage(ref, name)
             held.prepare(batch.groups[0].items)
             batch = run_batch(name, held, batch)
             assert not batch.failures

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from dfdask.blocks import kept_bytes
 from dfdask.errors import ModelError
 from dfdask.spec import JobSpec
+from dfdask.speed import Quantization, Speed
+from dfdask.stages import weights
+from dfdask.stages.component import find_blocks
 from dfdask.stages.model import WHOLE, ModelRef, digest, model_ref
 from dfdask.stages.weights import component_bytes, cost_key
 
@@ -49,6 +56,46 @@ def test_stages_share_the_whole_among_them(tiny: Tiny) -> None:
     parts = [name for stage, sizes in found.items() if stage != WHOLE for name in sizes]
     assert sorted(parts) == sorted(found[WHOLE]) and len(set(parts)) == len(parts)
     assert all(size > 0 for size in found[WHOLE].values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        diffusers.FluxTransformer2DModel,
+        diffusers.WanTransformer3DModel,
+        diffusers.UNet2DConditionModel,
+        lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig()),
+        lambda: transformers.T5EncoderModel(transformers.T5Config(d_model=4096, d_ff=10240, num_layers=24)),
+    ],
+    ids=["flux", "wan", "unet", "clip", "t5"],
+)
+def test_what_stays_of_a_streamed_component_is_told_by_names_as_by_blocks(make: Callable[[], Any]) -> None:
+    with torch.device("meta"):
+        model = make()
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model)]
+    core = sum(numbers.values()) - sum(blocks)
+    assert weights._kept(numbers) == core + kept_bytes(blocks, range(len(blocks))) < sum(numbers.values())
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "each"),
+    [
+        ("bitsandbytes_4bit", {"bnb_4bit_compute_dtype": "bfloat16"}, 0.5625),
+        ("bitsandbytes_8bit", {}, 1.125),
+        ("quanto", {"weights_dtype": "int4"}, 0.5625),
+        ("quanto", {"weights_dtype": "float8"}, 1.125),
+        ("torchao", {"quant_type": "int8wo"}, 1.125),
+        ("torchao", {"quant_type": "something new, of float32"}, 2),
+    ],
+)
+def test_quantised_weights_are_smaller(tiny: Tiny, backend: Any, options: dict[str, Any], each: float) -> None:
+    ref = ref_of(tiny("flux"), "bfloat16")
+    speed = Speed(quantize={"transformer": Quantization(backend=backend, options=options)})
+    before, after = (component_bytes(one)["denoise"] for one in (ref, replace(ref, speed=speed)))
+    (name,) = before
+    assert after[name] == pytest.approx(before[name] / 2 * each, rel=1e-3)
+    assert component_bytes(replace(ref, speed=speed), streamed=True)["denoise"] == after, "it is not streamed"
 
 
 def test_weights_in_several_files_are_added_up(model: Path) -> None:
