@@ -23,7 +23,7 @@ from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.model import model_ref, with_defaults
 from dfdask.stages.weights import component_bytes, cost_key
-from dfdask.words import count, duration, size
+from dfdask.words import brief, count, duration, size
 
 LOAD_BYTES_PER_SECOND = 4.75e9
 """Weights from warm files to a device: 9.5 GB took 2 s on the machine of ``device_rates.json``."""
@@ -70,7 +70,7 @@ class Forecast:
         ]
         for stage in self.stages:
             known = [
-                f"{1e3 * one.seconds / self.batch:,.3g} ms an item on {kind}" if one else f"not known on {kind}"
+                f"{brief(one.seconds / self.batch)} an item on {kind}" if one else f"not known on {kind}"
                 for kind, one in stage.seconds.items()
             ]
             found.append((stage.name, f"{', '.join(known)}; {size(stage.weights_bytes)} of weights"))

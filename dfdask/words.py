@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24:,} d {hours % 24} h"
 
 
+def brief(seconds: float) -> str:
+    """Of one task or item: ``25 ms``, ``9.53 s``, ``145 s``."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{_digits(seconds)} s"
+
+
 def rate(items_per_second: float) -> str:
     """Items per second with three significant digits, per minute or hour where that reads better."""
     if not math.isfinite(items_per_second) or items_per_second < 0:

@@ -43,6 +43,12 @@ def test_an_unknown_device_is_not_guessed_until_tasks_were_seen() -> None:
     assert found.measured and found.seconds == pytest.approx(600 / 8 * 1.3 / 2, rel=0.05)
 
 
+def test_a_job_for_gpus_is_planned_where_there_is_none() -> None:
+    found = forecast(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS, device="cuda"), "2xH100:1GB")
+    on_any = forecast(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS, dtype="bfloat16"), "2xH100:1GB")
+    assert found.seconds is not None and found.seconds == pytest.approx(on_any.seconds)
+
+
 def test_too_little_memory_is_named() -> None:
     found = forecast(JobSpec(model="bundled", prompts=PROMPTS, arguments=STEPS), "2xH100:0.002GB")
     assert "denoise" in found.impossible and found.seconds is None

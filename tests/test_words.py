@@ -35,6 +35,14 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.000052, "0.052 ms"), (0.0249, "24.9 ms"), (0.9996, "1.00 s"), (9.53, "9.53 s"), (145.2, "145 s")],
+)
+def test_brief(seconds: float, text: str) -> None:
+    assert words.brief(seconds) == text
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0, "0.00 items/s"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dfdask.dashboard.history import History
 from dfdask.dashboard.palette import Palette
 from dfdask.dashboard.records import Failure, Mark
-from dfdask.words import clipped, count, duration, percent, printable, rate, share, size
+from dfdask.words import brief, clipped, count, duration, percent, printable, rate, share, size
 
 if TYPE_CHECKING:
     from dfdask.events import JobState, StageState
@@ -150,18 +150,14 @@ def _stage(job: JobState, stage: StageState, history: History, palette: Palette)
 
 def _cost(stage: StageState) -> str:
     if stage.measured_seconds is None:
-        return f'<span class="quiet">{_seconds(stage.predicted_seconds)}?</span>' if stage.predicted_seconds else ""
-    text = _seconds(stage.measured_seconds)
+        return f'<span class="quiet">{brief(stage.predicted_seconds)}?</span>' if stage.predicted_seconds else ""
+    text = brief(stage.measured_seconds)
     if stage.predicted_seconds is not None:
-        text += f' <span class="quiet">of {_seconds(stage.predicted_seconds)}</span>'
+        text += f' <span class="quiet">of {brief(stage.predicted_seconds)}</span>'
     if stage.error is not None:
         kind = "bad" if stage.error > 0.5 else "quiet"
         text += f' <span class="{kind}" title="mean error of the predictions">&plusmn;{stage.error:.0%}</span>'
     return text
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def failures(history: History) -> str:

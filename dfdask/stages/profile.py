@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfdask.cost import ItemWork
@@ -68,6 +68,7 @@ def stage_profiles(
 
     The pipeline is opened within ``opening``: for threads of which only one may import libraries at a time.
     """
+    ref = replace(ref, device="cpu")  # whatever it will run on, and be it not there
     folder = locate(ref.source, ref.revision)
     with opening or nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
