@@ -286,6 +286,12 @@ class Controller:
         job = self._jobs[kind[0]]
         return self._believed(job.model, kind[1], device_class, job.batch) / job.batch
 
+    def weight_bytes(self, kind: Kind) -> tuple[int, int]:
+        """What a stage's weights take of a device, and what is the least of it where they are streamed."""
+        stage = next(stage for stage in self._jobs[kind[0]].stages if stage.name == kind[1])
+        whole = sum(stage.weights.values())
+        return whole, sum(stage.streamed.values()) if stage.streamed else whole
+
     def knows(self, kind: Kind, device_class: str) -> bool:
         """Whether what a stage takes there is more than a guess: measured, or counted for a device of known rates."""
         model = self._jobs[kind[0]].model

@@ -21,6 +21,7 @@ from typing import Any, cast
 from distributed.deploy.adaptive import Adaptive
 
 from dfdask.backends import Backend, backend_for, class_resources
+from dfdask.capacity import ways
 from dfdask.errors import SpecError
 from dfdask.fleets import Fleet, WorkerClass
 from dfdask.placement import Option, StageWork
@@ -298,5 +299,9 @@ class Elastic(Adaptive):
 
 
 def _work(entry: Mapping[str, Any]) -> StageWork:
-    options = {kind: [Option(float(seconds))] for kind, seconds in entry["seconds_per_item"].items()}
+    whole, least = entry.get("bytes", (0, 0))
+    options = {
+        kind: ways(Option(float(seconds), weights={"": whole}), {"": least}, kind)
+        for kind, seconds in entry["seconds_per_item"].items()
+    }
     return StageWork(entry["job"], entry["stage"], float(entry["items"]), options, float(entry.get("weight", 1.0)))

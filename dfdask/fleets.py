@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dfdask.capacity import usable
 from dfdask.errors import SpecError
 from dfdask.fluid import Group
 from dfdask.linear import Entry, minimum
@@ -91,13 +92,9 @@ class Frontier:
     def _seconds(self, kind: WorkerClass) -> dict[int, float]:
         found = {}
         for place, work in enumerate(self.works):
-            fitting = [
-                option.seconds_per_item
-                for option in work.options.get(kind.name, ())
-                if not kind.memory_bytes or sum(option.weights.values()) + option.working_bytes <= kind.memory_bytes
-            ]
-            if fitting:
-                found[place] = max(min(fitting), 1e-6)
+            options = work.options.get(kind.name, ())
+            if fitting := usable(options, kind.memory_bytes) if kind.memory_bytes else options:
+                found[place] = max(min(option.seconds_per_item for option in fitting), 1e-6)
         return found
 
     def unknown(self) -> list[int]:

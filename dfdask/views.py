@@ -92,6 +92,7 @@ def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller, cla
                 "stage": work.stage,
                 "items": work.items,
                 "weight": work.weight,
+                "bytes": controller.weight_bytes((work.job, work.stage)),
                 "seconds_per_item": {
                     name: controller.seconds_per_item((work.job, work.stage), name)
                     for name in classes

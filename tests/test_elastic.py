@@ -23,7 +23,7 @@ from dfdask import elastic as elastic_module
 from dfdask.cluster import SETTINGS
 from dfdask.elastic import adapt
 from dfdask.errors import ClusterError, SpecError
-from dfdask.fleets import WorkerClass
+from dfdask.fleets import Fleet, Frontier, WorkerClass
 from dfdask.gate import Gate
 
 SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
@@ -222,3 +222,12 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 def test_a_cluster_that_cannot_start_workers_is_named() -> None:
     with pytest.raises(ClusterError, match="cannot start workers on a object"):
         adapt(object(), [WorkerClass("big", 1)])
+
+
+def test_classes_that_cannot_hold_a_stage_even_streamed_are_not_counted_on() -> None:
+    seconds = dict.fromkeys(("large", "small", "tiny", "cpu"), 1.0)
+    entry = {"job": "a", "stage": "denoise", "items": 9, "seconds_per_item": seconds, "bytes": (40, 10)}
+    memory = {"large": 80, "small": 24, "tiny": 8, "cpu": 24}
+    classes = [WorkerClass(name, 4, memory_bytes=size) for name, size in memory.items()]
+    frontier = Frontier([elastic_module._work(entry)], classes, Fleet())
+    assert [name for name, known in frontier.seconds.items() if known] == ["large", "small"]

@@ -183,3 +183,4 @@ def test_a_stage_that_does_not_fit_is_streamed_in_turns_with_the_others() -> Non
     assert [seat.turns for seat in seats if seat] == [False, True], "what is streamed takes what room there is"
     assert "denoise" not in roles_on(16, "cpu")[1], "a CPU has nothing to stream from"
     assert streamed[0].works_ahead and not whole[0].works_ahead
+    assert streamed[0].weight_bytes(("job", "denoise")) == (24, 3)

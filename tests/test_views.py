@@ -151,7 +151,7 @@ def test_the_forecast_lists_the_work_by_class(books: Books) -> None:
     books.controller.finished(("r1", "denoise"), 12, "nobody", 1.0)
     found = books.forecast()
     (work,) = [work for work in found["works"] if (work["job"], work["stage"]) == ("r1", "denoise")]
-    assert work["items"] == 28 and work["weight"] == 1.0
+    assert work["items"] == 28 and work["weight"] == 1.0 and work["bytes"] == (0, 0)
     believed = books.controller.seconds_per_item
     assert work["seconds_per_item"] == {name: believed(("r1", "denoise"), name) for name in ("quick", "slow")}
     assert 0.9 < work["seconds_per_item"]["quick"] < 1.1 < work["seconds_per_item"]["slow"]
