@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 SLOTS = 2
 """Blocks that have room on the device while they are streamed: one computes, one arrives."""
+_STREAMED = " (streamed)"
 LARGEST_PART = 8
 """A block of more than one part in so many is streamed by the blocks inside it."""
 
@@ -30,7 +31,12 @@ def streamed_blocks(block_bytes: Sequence[int], core_bytes: int, allowed_bytes: 
 
 def streamed_name(component: str) -> str:
     """What a component is called while parts of it are streamed: having it so is not having it."""
-    return f"{component} (streamed)"
+    return component + _STREAMED
+
+
+def is_held(component: str, holds: Collection[str]) -> bool:
+    """Whether a device that has these has what is needed: whole is more than streamed."""
+    return component in holds or component.removesuffix(_STREAMED) in holds
 
 
 def kept_bytes(block_bytes: Sequence[int], streamed: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dfdask.blocks import streamed_name
+from dfdask.blocks import is_held, streamed_name
 from dfdask.tags import UNKNOWN_CLASS
 
 
@@ -15,8 +15,9 @@ class Option:
     """One way to run a stage on a class of devices.
 
     ``weights`` are the bytes that each component keeps on the device, ``working_bytes`` what a batch needs beside
-    them; ``load_seconds`` brings all weights there. ``streamed``: these are the least, and the rest passes through the
-    device block by block, of which the worker keeps as many as there is room for.
+    them; ``load_seconds`` brings all weights there. ``streamed``: these are the least, the worker keeps as many blocks
+    as there is room for, and the rest of ``whole_bytes`` passes through the device with each call, which takes
+    ``pass_seconds`` an item where that is all of them; 0 where seconds were measured and tell it.
     """
 
     seconds_per_item: float
@@ -25,6 +26,8 @@ class Option:
     working_bytes: int = 0
     load_seconds: float = 0.0
     streamed: bool = False
+    whole_bytes: int = 0
+    pass_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,37 +74,44 @@ LINK_BYTES_PER_SECOND = 20e9
 def ways(whole: Option, streamed: Mapping[str, int], device_class: str, passing_bytes: float = 0.0) -> list[Option]:
     """A stage as a ``whole``, and streamed where that keeps only ``streamed`` bytes of each component.
 
-    A call takes no less than its weights take to pass by: ``passing_bytes``, 0 where its seconds were measured and tell
-    it. Not on a CPU, which has no other memory to stream from.
+    ``passing_bytes`` are all weights that a call reads. Not on a CPU, which has no other memory to stream from.
     """
     if not streamed or device_class == UNKNOWN_CLASS:
         return [whole]
     weights = {streamed_name(name): size for name, size in streamed.items()}
-    seconds = max(whole.seconds_per_item, passing_bytes / LINK_BYTES_PER_SECOND / whole.batch)
-    return [whole, replace(whole, seconds_per_item=seconds, weights=weights, streamed=True)]
+    passing = passing_bytes / LINK_BYTES_PER_SECOND / whole.batch
+    size = sum(whole.weights.values())
+    return [whole, replace(whole, weights=weights, streamed=True, whole_bytes=size, pass_seconds=passing)]
 
 
 def usable(options: Iterable[Option], memory_bytes: int) -> list[Option]:
-    """Those that a device may use: where any fits as a whole, none is streamed, for a worker does not either."""
+    """Those that a device may use: where any fits as a whole, none is streamed, for a worker does not either.
+
+    A streamed one takes no less than what does not fit takes to pass by.
+    """
     fitting = [option for option in options if fits([option], memory_bytes)]
-    return [option for option in fitting if not option.streamed] or fitting
+    found = [option for option in fitting if not option.streamed]
+    return found or [_streamed_within(option, memory_bytes) for option in fitting]
+
+
+def _streamed_within(option: Option, memory_bytes: int) -> Option:
+    passing = max(option.whole_bytes + option.working_bytes - memory_bytes, 0) / max(option.whole_bytes, 1)
+    return replace(option, seconds_per_item=max(option.seconds_per_item, option.pass_seconds * passing))
 
 
 def fits(options: Iterable[Option], memory_bytes: int) -> bool:
     """Whether a device can run these side by side: shared components once, one batch at a time.
 
-    Nothing fits beside a component that is streamed: it takes what room there is.
+    No other component fits beside one that is streamed: it takes what room there is.
     """
     weights: dict[str, int] = {}
-    working = 0
-    options = list(options)
-    if len(options) > 1 and any(option.streamed for option in options):
-        return False
+    working, most, streamed = 0, 0, False
     for option in options:
+        most, streamed = max(most, len(option.weights)), streamed or option.streamed
         for name, size in option.weights.items():
             weights[name] = max(size, weights.get(name, 0))
         working = max(working, option.working_bytes)
-    return sum(weights.values()) + working <= memory_bytes
+    return not (streamed and len(weights) > most) and sum(weights.values()) + working <= memory_bytes
 
 
 def load_seconds(options: Iterable[Option], holds: frozenset[str]) -> float:
@@ -109,7 +119,7 @@ def load_seconds(options: Iterable[Option], holds: frozenset[str]) -> float:
     total = 0.0
     loaded = set(holds)
     for option in options:
-        missing = sum(size for name, size in option.weights.items() if name not in loaded)
+        missing = sum(size for name, size in option.weights.items() if not is_held(name, loaded))
         if missing:
             total += option.load_seconds * missing / sum(option.weights.values())
         loaded.update(option.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import dask
 from dfdask.errors import ClusterError
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
-from dfdask.tags import worker_resources
+from dfdask.tags import class_of_gpu, worker_resources
 
 SETTINGS: Mapping[str, Any] = {
     # Stage tasks are placed by the gate; stealing would only walk all workers for each of them.
@@ -36,10 +37,11 @@ class LocalFleet:
     ``worker`` specifies more of them, for a ``cluster`` that follows its work.
     """
 
-    def __init__(self, workers: int | Sequence[WorkerGroup] | None) -> None:
+    def __init__(self, workers: int | Sequence[WorkerGroup] | None, device: str = "auto") -> None:
         from distributed import Nanny, Scheduler, SpecCluster
 
         count = workers if isinstance(workers, int) else available_cores()
+        found = gpu_class() if device != "cpu" else None
         groups = [WorkerGroup(count=count)] if workers is None or isinstance(workers, int) else workers
         options: dict[str, Any] = {
             "nthreads": 1,
@@ -51,7 +53,7 @@ class LocalFleet:
         specification: dict[int, dict[str, Any]] = {}
         for group in groups:
             for _ in range(group.count):
-                resources = worker_resources(group.stages or (), group.device_class, group.memory)
+                resources = worker_resources(group.stages or (), group.device_class or found, group.memory)
                 name = len(specification)
                 specification[name] = {"cls": Nanny, "options": {**options, "resources": resources}}
         scheduler = {
@@ -80,6 +82,18 @@ class LocalFleet:
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_class() -> str | None:
+    """The class of the first GPU that this process may use, as the driver's own tool names it; None without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = visible.split(",")[0].strip() if visible is not None else "0"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={first}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return class_of_gpu(told.strip()) or None
 
 
 def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
@@ -116,11 +130,14 @@ def run_worker(
 ) -> None:
     """Run ``count`` worker processes until SIGINT or SIGTERM, or until the scheduler goes away.
 
-    They are tagged with the ``stages`` that they are bound to (None: the gate decides), their ``device_class`` and the
-    ``memory_bytes`` that they may use on it. A worker process that dies is started again. Raises ClusterError where
-    no scheduler answers.
+    They are tagged with the ``stages`` that they are bound to (None: the gate decides), their ``device_class``
+    (None: as the GPU is called, if there is one) and the ``memory_bytes`` that they may use on it. A worker process
+    that dies is started again. Raises ClusterError where no scheduler answers.
     """
     from distributed import Nanny
+
+    if device_class is None and device != "cpu":
+        device_class = gpu_class()
 
     async def serve(stopped: asyncio.Event) -> None:
         await check_scheduler(address)

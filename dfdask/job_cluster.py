@@ -21,7 +21,7 @@ class JobCluster:
     def __init__(self, client: Client | None, scheduler: str | None, spec: JobSpec) -> None:
         self._given = client
         self._scheduler = scheduler
-        self._workers = spec.workers
+        self._workers, self._device = spec.workers, spec.device
         self._scale = spec.scale
         self._elastic: Any = None
         self._preload = isinstance(spec.model, str)
@@ -93,7 +93,7 @@ class JobCluster:
 
         address = self._scheduler
         if address is None:
-            self._fleet = LocalFleet(self._workers if self._scale is None else [])
+            self._fleet = LocalFleet(self._workers if self._scale is None else [], self._device)
             address = self._fleet.address
         else:
             asyncio.run(check_scheduler(address))  # a client that cannot connect leaves a traceback behind

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dfdask.blocks import is_held
 from dfdask.capacity import Device as Device  # part of this interface, as the next three
 from dfdask.capacity import Option as Option
 from dfdask.capacity import Role as Role
@@ -231,7 +232,9 @@ class _Fleet:
     def _holds(self, device: Device) -> tuple[int, ...]:
         able = self.fastest[_class(device)] if device.holds else {}
         return tuple(
-            place for place, option in able.items() if option.weights and device.holds >= option.weights.keys()
+            place
+            for place, option in able.items()
+            if option.weights and all(is_held(name, device.holds) for name in option.weights)
         )
 
     def _wrap(self, kind: _Class, free: list[int], parts: Mapping[int, float], sets: _Sets) -> None:

@@ -133,7 +133,8 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
                 one = None
             seconds[kind] = one
             whole = Option(max(one.seconds / batch, 1e-9) if one else 1.0, batch, work.weights, 0, loading)
-            options[kind] = ways(whole, work.streamed, kind, 0.0 if seen else work.passing_bytes)
+            streamed = work.streamed if spec.device != "cpu" else {}
+            options[kind] = ways(whole, streamed, kind, 0.0 if seen else work.passing_bytes)
         stages.append(StageForecast(name, sum(work.weights.values()), seconds))
         load.append(StageWork("job", name, total, options))
     placement = place(load, devices)

@@ -41,6 +41,11 @@ def worker_resources(
     return found
 
 
+def class_of_gpu(name: str) -> str:
+    """The class of a GPU by the name that its driver has for it: ``h100-80gb-hbm3`` of ``NVIDIA H100 80GB HBM3``."""
+    return "-".join(name.lower().removeprefix("nvidia ").split())
+
+
 def read_tags(resources: Mapping[str, float]) -> Tags:
     """What the resources of a worker that has just joined mean."""
     present = [name for name, amount in resources.items() if amount]

@@ -21,6 +21,8 @@ _UNKNOWN_PART = 10
 _LEAST_PART = 64
 """Where an item runs out of memory, at least one part in so many is made free for it."""
 _MARGIN = 1.05
+_DOUBT = 1.25
+"""What one number of items took says of larger ones no more than this."""
 _OF_TIME_ALONE = ("num_inference_steps",)
 """Arguments that make a call longer, but take no more memory: what was learnt at one number of steps holds at all."""
 
@@ -39,7 +41,9 @@ class HeldStage:
         self.device_seconds = 0.0
         self.batch = 0
         self._residency = residency
-        self._peaks: dict[str, dict[int, int]] = {}  # by kind of call and items: bytes that activations took
+        # By kind of call and number of items: bytes that activations took, and room to leave where they ran out of it.
+        self._peaks: dict[str, dict[int, int]] = {}
+        self._rooms: dict[str, dict[int, int]] = {}
         self._most: dict[str, int] = {}
         self._searches: dict[str, BatchSearch] = {}
         self._tiled = False
@@ -74,17 +78,28 @@ class HeldStage:
             if peak.bytes:
                 self.peak_bytes = peak.bytes
                 self._peaks.setdefault(_memory_key(items), {})[len(items)] = peak.bytes
+                self._rooms.get(_memory_key(items), {}).pop(len(items), None)
             return result
 
     def most_items(self, items: Sequence[Item]) -> int:
         """How many items of this kind may run at once."""
         kind = _memory_key(items)
         count = min(self._most.get(kind, len(items)), len(items))
-        if self._peaks.get(kind):
-            # By what fewer items took: what needs more than there is, be every block streamed, is not tried.
-            while count > 1 and self.room_bytes(items[:count]) > self._residency.most_room_bytes(self):
-                count = (count + 1) // 2
+        while count > 1 and self._is_too_much(kind, count):
+            count = (count + 1) // 2
         return max(count, 1)
+
+    def _is_too_much(self, kind: str, count: int) -> bool:
+        """Whether by what fewer items took these need more than there is, be every block streamed."""
+        known = dict(list(self._peaks.get(kind, {}).items()))  # other threads add to it
+        smaller = sorted(size for size in known if size < count)
+        if count in known or not smaller:
+            return False
+        most, last = self._residency.most_room_bytes(self), smaller[-1]
+        if len(smaller) == 1:  # what part of it does not grow with the items is not known
+            return known[last] * count / last > most * _DOUBT
+        first = smaller[-2]
+        return known[last] + (known[last] - known[first]) / (last - first) * (count - last) > most
 
     def next_items(self, items: Sequence[Item]) -> int:
         """How many of these to run at once now: of what fits, what is fastest, or a size that is to be tried."""
@@ -143,11 +158,13 @@ class HeldStage:
 
     def room_bytes(self, items: Sequence[Item]) -> int:
         """What activations will take beside the weights: measured, else a guess."""
-        if items:
-            known, count = self._peaks.get(_memory_key(items), {}), len(items)
-        else:
-            known, count = {0: max((max(peaks.values()) for peaks in self._peaks.values()), default=0)}, 0
-            known = {size: peak for size, peak in known.items() if peak}
+        if not items:
+            largest = [max(peaks.values()) for peaks in list(self._peaks.values()) if peaks]
+            return int(max(largest) * _MARGIN) if largest else self._residency.device_bytes // _UNKNOWN_PART
+        known, count = self._peaks.get(_memory_key(items), {}), len(items)
+        forced = self._rooms.get(_memory_key(items), {})
+        if count in forced:
+            return forced[count]
         if count in known:
             return int(known[count] * _MARGIN)
         smaller = max((size for size in known if size < count), default=None)
@@ -155,7 +172,7 @@ class HeldStage:
             return int(known[smaller] * count / smaller * _MARGIN)
         if known:
             return int(min(known.values()) * _MARGIN)
-        return self._residency.device_bytes // _UNKNOWN_PART
+        return min(forced.values(), default=self._residency.device_bytes // _UNKNOWN_PART)
 
     def _stream_more(self, items: Sequence[Item]) -> bool:
         """Stream more blocks, if there are any; what others hold of the device's memory may leave it to less still."""
@@ -165,7 +182,7 @@ class HeldStage:
         room = max(self.room_bytes(items), self._residency.device_bytes // _LEAST_PART)
         while room < self._residency.device_bytes:
             room = room * 3 // 2 + 1
-            self._peaks.setdefault(_memory_key(items), {})[len(items)] = int(room / _MARGIN)
+            self._rooms.setdefault(_memory_key(items), {})[len(items)] = room
             try:
                 self._residency.place(self, room, forced=True)
             except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _VIEWS = {
 _STAND_IN_NUMBERS = 1 << 26
 _METHODS = ("forward", "encode", "decode")
 _MODELS_KNOWN = 4
+_lock = threading.Lock()
 _known: OrderedDict[str, dict[str, tuple[_Work, Any]]] = OrderedDict()
 """By model: the work of calls that were counted in this process. A job's other step count makes no others of them."""
 
@@ -198,11 +200,12 @@ class _Counted(Phantom):
 
 
 def _known_calls(ref: ModelRef) -> dict[str, tuple[_Work, Any]]:
-    known = _known.setdefault(repr(ref), {})
-    _known.move_to_end(repr(ref))
-    while len(_known) > _MODELS_KNOWN:
-        _known.popitem(last=False)
-    return known
+    with _lock:
+        known = _known.setdefault(repr(ref), {})
+        _known.move_to_end(repr(ref))
+        while len(_known) > _MODELS_KNOWN:
+            _known.popitem(last=False)
+        return known
 
 
 def _run(function: Any, args: Any, kwargs: Any, work: _Work) -> Any:

@@ -15,6 +15,7 @@ from dfdask.stages.model import ModelRef
 MOST_BYTES = 128 * 2**20
 MOST_ROW_BYTES = 16 * 2**20
 """An encoding that is larger, as of all layers of a language model, is not remembered."""
+_MOST_SEEN = 10_000
 
 
 def encode_rows_once(pipeline: Any, ref: ModelRef) -> None:
@@ -24,7 +25,8 @@ def encode_rows_once(pipeline: Any, ref: ModelRef) -> None:
     """
     import transformers
 
-    if ref.strict:
+    # Where a pipeline listens inside an encoder, it must hear every text of every call.
+    if ref.strict or "register_forward_hook" in inspect.getsource(inspect.getmodule(type(pipeline)) or type(pipeline)):
         return
     for part in pipeline.components.values():
         if isinstance(part, transformers.PreTrainedModel) and "input_ids" in inspect.signature(part.forward).parameters:
@@ -60,15 +62,21 @@ class RowsOnce:
         self._bytes = 0
         self._rows: OrderedDict[str, _Row] = OrderedDict()
         kinds = {parameter.kind for parameter in self._signature.parameters.values()}
-        self._divides = inspect.Parameter.VAR_POSITIONAL not in kinds
+        # Whether it returns a part for each row: None before it was seen with several, for one row cannot tell.
+        self._divides: bool | None = False if inspect.Parameter.VAR_POSITIONAL in kinds else None
+        self._seen: OrderedDict[str, None] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._by_name(args, kwargs)
-        rows = _rows_of(call) if self._divides else None
+        rows = None if self._divides is False else _rows_of(call)
         if rows is None:
             return self._forward(*args, **kwargs)
         keys = _keys(call, rows)
+        if self._divides is None:
+            return self._first(call, keys, args, kwargs)
         known = {key: self._rows[key] for key in keys if key in self._rows}
+        for key in known:
+            self._rows.move_to_end(key)
         new = {key: keys.index(key) for key in dict.fromkeys(keys) if key not in known}
         if new:
             if len(new) < len(keys):
@@ -78,12 +86,23 @@ class RowsOnce:
             if parts is None:
                 self._divides = False
                 return made if len(new) == len(keys) else self._forward(*args, **kwargs)
-            for key, row in zip(new, parts, strict=True):
-                self._remember(key, row)
+            self._remember(keys, dict(zip(new, parts, strict=True)))
             if len(new) == len(keys):
                 return made
             known.update(zip(new, parts, strict=True))
-        return _united([known[key] for key in keys], rows["input_ids"].device)
+        return _united(known, keys, rows["input_ids"].device)
+
+    def _first(self, call: dict[str, Any], keys: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls as they are, until one with several rows has shown whether the encoder divides."""
+        if len(keys) == 1:
+            return self._forward(*args, **kwargs)
+        made = self._forward(**call)
+        parts = _divided(made, len(keys))
+        self._divides = parts is not None
+        if parts is None:
+            return self._forward(*args, **kwargs)
+        self._remember(keys, dict(zip(keys, parts, strict=True)))
+        return made
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call: dict[str, Any] = {}
@@ -96,12 +115,17 @@ class RowsOnce:
             call.setdefault("use_cache", False)  # of a language model: what nothing is generated from
         return call
 
-    def _remember(self, key: str, row: _Row) -> None:
-        if not row.nbytes <= MOST_ROW_BYTES < self._most_bytes:
-            return
-        copies = [None if leaf is None else leaf.to("cpu", copy=True) for leaf in row.leaves]
-        self._rows[key] = _Row(row.form, copies)
-        self._bytes += row.nbytes
+    def _remember(self, keys: Sequence[str], made: Mapping[str, _Row]) -> None:
+        """Texts that come more than once: most prompts do not, and copies cost more than they would save."""
+        for key, row in made.items():
+            comes_again = key in self._seen or keys.count(key) > 1
+            self._seen[key] = None
+            if comes_again and row.nbytes <= min(MOST_ROW_BYTES, self._most_bytes):
+                copies = [None if leaf is None else leaf.to("cpu", copy=True) for leaf in row.leaves]
+                self._rows[key] = _Row(row.form, copies)
+                self._bytes += row.nbytes
+        while len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
         while self._bytes > self._most_bytes:
             self._bytes -= self._rows.popitem(last=False)[1].nbytes
 
@@ -142,11 +166,16 @@ def _divided(made: Any, count: int) -> list[_Row] | None:
     return [_Row(form, [None if leaf is None else leaf[place] for leaf in leaves]) for place in places]
 
 
-def _united(rows: Sequence[_Row], device: Any) -> Any:
+def _united(rows: Mapping[str, _Row], keys: Sequence[str], device: Any) -> Any:
+    """What an encoder returns for these texts, from the row of each of them."""
     import torch
     from torch.utils._pytree import tree_unflatten
 
-    def joined(leaves: Sequence[Any]) -> Any:
-        return None if leaves[0] is None else torch.cat([leaf.to(device) for leaf in leaves])
+    places = {key: place for place, key in enumerate(rows)}
+    order = torch.tensor([places[key] for key in keys], device=device)
 
-    return tree_unflatten(list(map(joined, zip(*(row.leaves for row in rows), strict=True))), rows[0].form)
+    def joined(leaves: Sequence[Any]) -> Any:
+        return None if leaves[0] is None else torch.cat([leaf.to(device) for leaf in leaves])[order]
+
+    each = list(rows.values())
+    return tree_unflatten(list(map(joined, zip(*(row.leaves for row in each), strict=True))), each[0].form)

@@ -178,10 +178,33 @@ def test_what_fewer_items_took_tells_how_many_fit_at_any_number_of_steps() -> No
     run(held, 1)
     many = [Item(row, f"i{row}", "", row, {"num_inference_steps": 2}) for row in range(16)]
     batch = run_batch("stage", held, Batch.start(many))
-    # Streamed, the eight blocks take two: 14 KiB are left to activations.
-    assert stage.calls[1:] == [4] * 4 and sum(len(group.items) for group in batch.groups) == 16
+    # Streamed, the eight blocks take two: 14 KiB are left to activations. From one item, 8 are only just doubtful.
+    assert stage.calls[1:] == [8, 4, 4, 4, 4] and sum(len(group.items) for group in batch.groups) == 16
+    assert held.most_items(many) == 4
     wide = [Item(0, "i0", "", 0, {"num_inference_steps": 2, "width": 64})]
     assert held.most_items(wide * 16) == 16, "of other calls nothing is known"
+
+
+def test_what_does_not_grow_with_the_items_is_not_multiplied() -> None:
+    held = Measuring(64 * 1024).get(REF, "a")
+    stage: Any = held.stage
+    peaks = held._peaks.setdefault(held_stages._memory_key(items(1)), {})
+    peaks.update({1: 20 * 1024, 2: 22 * 1024})  # 62 KiB are left where all is streamed
+    assert held.most_items(items(16)) == 16
+    peaks.clear()
+    peaks[1] = 20 * 1024
+    assert held.most_items(items(16)) == 2, "nobody knows"
+    assert stage.calls == []
+
+
+def test_after_a_batch_that_was_too_large_for_a_streamed_stage_half_of_it_runs() -> None:
+    for kib, count, calls in ((7, 8, [8, 8, 8, 4, 4]), (6, 8, [8, 8, 4, 4])):
+        held = Measuring(kib * 1024).get(REF, "a")
+        stage: Any = held.stage
+        run(held, count)
+        assert stage.calls == calls
+        run(held, count)
+        assert set(stage.calls[len(calls) :]) == {4}
 
 
 @pytest.mark.usefixtures("no_room")
