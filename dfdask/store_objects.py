@@ -110,9 +110,15 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def _to_disk(path: str) -> None:
-    """A commit must not outlive its data when the machine loses power: a rename alone does not promise that."""
+    """A commit must not outlive its data when the machine loses power: a rename alone does not promise that.
+
+    What another process has deleted since needs no promise: whether that matters, its readers find out.
+    """
     for name in (path, os.path.dirname(path)):
-        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            descriptor = os.open(name, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             os.fsync(descriptor)
         finally:

@@ -182,6 +182,22 @@ def test_leftovers_of_a_dead_creator(location: Location, monkeypatch: pytest.Mon
     assert set(everything(location)) == set(everything(fresh))
 
 
+def test_another_deletes_an_object_before_it_is_on_the_disk(local: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As creators with the same columns do with each other's claims."""
+    claim, stored = local.path / "creating-0.json", obstore.put
+
+    def put_and_lose(store: Any, key: str, *rest: Any, **options: Any) -> None:
+        stored(store, key, *rest, **options)
+        if key == claim.name:
+            claim.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "put", put_and_lose)
+        with pytest.raises(StorageError, match="another process took over creating"):
+            new_run(local)
+    assert not RunStore.exists(local)
+
+
 @pytest.mark.parametrize("claim", [b"", b"{", b"[1, 2]", b"null", b'{"arrays": 3}', b'{"arrays": [3, ""]}'])
 def test_a_claim_that_says_nothing(local: Location, claim: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     obstore.put(local.object_store(create=True), "creating-0.json", claim)
