@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 
 SLOTS = 2
 """Blocks that have room on the device while they are streamed: one computes, one arrives."""
-_STREAMED = " (streamed)"
 LARGEST_PART = 8
 """A block of more than one part in so many is streamed by the blocks inside it."""
+_STREAMED = " (streamed)"
 
 
 def streamed_blocks(block_bytes: Sequence[int], core_bytes: int, allowed_bytes: float) -> tuple[int, ...] | None:

@@ -41,7 +41,7 @@ class LocalFleet:
         from distributed import Nanny, Scheduler, SpecCluster
 
         count = workers if isinstance(workers, int) else available_cores()
-        found = gpu_class() if device != "cpu" else None
+        found = gpu_class(device)
         groups = [WorkerGroup(count=count)] if workers is None or isinstance(workers, int) else workers
         options: dict[str, Any] = {
             "nthreads": 1,
@@ -84,8 +84,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpu_class() -> str | None:
-    """The class of the first GPU that this process may use, as the driver's own tool names it; None without one."""
+def gpu_class(device: str = "auto") -> str | None:
+    """The class of the first GPU that this process may use, as the driver's own tool names it.
+
+    None where there is none, or where ``device`` is the CPU.
+    """
+    if device == "cpu":
+        return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     first = visible.split(",")[0].strip() if visible is not None else "0"
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={first}"]
@@ -136,8 +141,7 @@ def run_worker(
     """
     from distributed import Nanny
 
-    if device_class is None and device != "cpu":
-        device_class = gpu_class()
+    device_class = device_class or gpu_class(device)
 
     async def serve(stopped: asyncio.Event) -> None:
         await check_scheduler(address)

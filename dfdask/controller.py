@@ -361,8 +361,8 @@ class Controller:
         load = self._load_seconds(job, stage, kind)
         whole = Option(seconds, job.batch, stage.weights, stage.working_bytes, load)
         counted = self._item_work.get((job.model, stage.name))
-        measured = counted is None or self.costs.count(job.model, stage.name, kind.device_class)
-        passing = 0.0 if measured or counted is None else counted.call_bytes
+        seen = self.costs.count(job.model, stage.name, kind.device_class)
+        passing = counted.call_bytes if counted is not None and not seen else 0.0
         return ways(whole, stage.streamed, kind.device_class, passing)
 
     def _seat(self, name: str, placement: Placement) -> Seat:

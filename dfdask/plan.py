@@ -133,8 +133,7 @@ def forecast(spec: JobSpec, workers: str | None = None, costs: CostModel | None 
                 one = None
             seconds[kind] = one
             whole = Option(max(one.seconds / batch, 1e-9) if one else 1.0, batch, work.weights, 0, loading)
-            streamed = work.streamed if spec.device != "cpu" else {}
-            options[kind] = ways(whole, streamed, kind, 0.0 if seen else work.passing_bytes)
+            options[kind] = ways(whole, work.streamed, kind, 0.0 if seen else work.passing_bytes)
         stages.append(StageForecast(name, sum(work.weights.values()), seconds))
         load.append(StageWork("job", name, total, options))
     placement = place(load, devices)
@@ -224,12 +223,12 @@ def _counted(spec: JobSpec, sample: list[Item]) -> dict[str, _Work]:
                 f"model: the operations of {name} cannot be counted ({profile.problem}); "
                 "run a few items and plan from what they took"
             )
-    whole, kept = (_by_name(component_bytes(ref, streamed)[WHOLE]) for streamed in (False, True))
+    whole, kept = (_by_name(sizes.get(WHOLE, {})) for sizes in component_bytes(ref))
     return {
         name: _Work(
             profile.item_work.work(len(sample)),
             {part: whole.get(part, size) for part, size in profile.weight_bytes.items()},
-            {part: kept.get(part, size) for part, size in profile.weight_bytes.items()},
+            {part: kept[part] for part in profile.weight_bytes if part in kept},
             profile.item_work.call_bytes,
         )
         for name, profile in profiles.items()

@@ -291,9 +291,7 @@ def _prepare(
     location = resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
         location = unoccupied(location)
-    weights = component_bytes(ref)
-    # A CPU has no other memory to stream from.
-    streamed = {} if ref.fake or ref.device == "cpu" else component_bytes(ref, streamed=True)
+    weights, streamed = component_bytes(ref)
     location.check_writable()
     made_with = versions()
     if RunStore.exists(location):

@@ -52,7 +52,7 @@ def test_a_component_that_is_not_there_makes_no_run(client: Client, tiny: Tiny, 
 
 def test_a_device_that_does_not_hold_a_stage_as_a_whole_gets_it_all_the_same(tmp_path: Path) -> None:
     spec = {"model": "bundled", "prompts": ["a", "b", "c"], "output": str(tmp_path / "run")}
-    weights = component_bytes(model_ref(JobSpec(**spec)))
+    weights = component_bytes(model_ref(JobSpec(**spec))).whole
     memory = sum(weights["denoise"].values()) - 1
     assert all(sum(weights[stage].values()) < memory for stage in ("encode", "decode"))
     run = submit({**spec, "workers": [{"count": 1, "device_class": "short", "memory": memory}]}).wait(timeout=100)

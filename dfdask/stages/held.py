@@ -76,9 +76,10 @@ class HeldStage:
             self.batch = len(items)
             self._searches.setdefault(call_key(items[0]), BatchSearch()).observe(len(items), peak.seconds)
             if peak.bytes:
+                kind = _memory_key(items)
                 self.peak_bytes = peak.bytes
-                self._peaks.setdefault(_memory_key(items), {})[len(items)] = peak.bytes
-                self._rooms.get(_memory_key(items), {}).pop(len(items), None)
+                self._peaks.setdefault(kind, {})[len(items)] = peak.bytes
+                self._rooms.get(kind, {}).pop(len(items), None)
             return result
 
     def most_items(self, items: Sequence[Item]) -> int:
@@ -91,7 +92,7 @@ class HeldStage:
 
     def _is_too_much(self, kind: str, count: int) -> bool:
         """Whether by what fewer items took these need more than there is, be every block streamed."""
-        known = dict(list(self._peaks.get(kind, {}).items()))  # other threads add to it
+        known = self._peaks.get(kind, {}).copy()  # other threads add to it
         smaller = sorted(size for size in known if size < count)
         if count in known or not smaller:
             return False
@@ -159,10 +160,10 @@ class HeldStage:
     def room_bytes(self, items: Sequence[Item]) -> int:
         """What activations will take beside the weights: measured, else a guess."""
         if not items:
-            largest = [max(peaks.values()) for peaks in list(self._peaks.values()) if peaks]
+            largest = [max(peaks.values()) for peaks in self._peaks.values()]
             return int(max(largest) * _MARGIN) if largest else self._residency.device_bytes // _UNKNOWN_PART
-        known, count = self._peaks.get(_memory_key(items), {}), len(items)
-        forced = self._rooms.get(_memory_key(items), {})
+        kind, count = _memory_key(items), len(items)
+        known, forced = self._peaks.get(kind, {}), self._rooms.get(kind, {})
         if count in forced:
             return forced[count]
         if count in known:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from dfdask.cost import ItemWork
@@ -32,10 +31,6 @@ _VIEWS = {
 }
 _STAND_IN_NUMBERS = 1 << 26
 _METHODS = ("forward", "encode", "decode")
-_MODELS_KNOWN = 4
-_lock = threading.Lock()
-_known: OrderedDict[str, dict[str, tuple[_Work, Any]]] = OrderedDict()
-"""By model: the work of calls that were counted in this process. A job's other step count makes no others of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +75,7 @@ def stage_profiles(
         model = phantom.__dict__["_model"]
         if hasattr(model, "tie_weights"):  # embeddings that are the same tensor are loaded once
             model.tie_weights()
-    known = _known_calls(ref)
+    known = _known_calls(repr(ref))
     profiles: dict[str, StageProfile] = {}
     state: Any = None
     problem = ""
@@ -199,13 +194,10 @@ class _Counted(Phantom):
         raise _NotCounted(f"{self._name} cannot run without numbers ({problem})")
 
 
-def _known_calls(ref: ModelRef) -> dict[str, tuple[_Work, Any]]:
-    with _lock:
-        known = _known.setdefault(repr(ref), {})
-        _known.move_to_end(repr(ref))
-        while len(_known) > _MODELS_KNOWN:
-            _known.popitem(last=False)
-        return known
+@lru_cache(maxsize=4)
+def _known_calls(model: str) -> dict[str, tuple[_Work, Any]]:
+    """The work of a model's calls that were counted in this process: another number of steps makes no others."""
+    return {}
 
 
 def _run(function: Any, args: Any, kwargs: Any, work: _Work) -> Any:

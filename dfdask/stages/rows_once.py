@@ -72,37 +72,27 @@ class RowsOnce:
         if rows is None:
             return self._forward(*args, **kwargs)
         keys = _keys(call, rows)
-        if self._divides is None:
-            return self._first(call, keys, args, kwargs)
+        if self._divides is None and len(keys) == 1:
+            return self._forward(*args, **kwargs)
         known = {key: self._rows[key] for key in keys if key in self._rows}
         for key in known:
             self._rows.move_to_end(key)
-        new = {key: keys.index(key) for key in dict.fromkeys(keys) if key not in known}
+        # Until it is known to divide, all of a call is computed.
+        new = keys if self._divides is None else [key for key in dict.fromkeys(keys) if key not in known]
         if new:
             if len(new) < len(keys):
-                call.update({name: tensor[list(new.values())] for name, tensor in rows.items()})
+                places = [keys.index(key) for key in new]
+                call.update({name: tensor[places] for name, tensor in rows.items()})
             made = self._forward(**call)
             parts = _divided(made, len(new))
+            self._divides = parts is not None
             if parts is None:
-                self._divides = False
-                return made if len(new) == len(keys) else self._forward(*args, **kwargs)
-            self._remember(keys, dict(zip(new, parts, strict=True)))
+                return self._forward(*args, **kwargs)
+            known.update(zip(new, parts, strict=True))
+            self._remember(keys, {key: known[key] for key in new})
             if len(new) == len(keys):
                 return made
-            known.update(zip(new, parts, strict=True))
         return _united(known, keys, rows["input_ids"].device)
-
-    def _first(self, call: dict[str, Any], keys: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls as they are, until one with several rows has shown whether the encoder divides."""
-        if len(keys) == 1:
-            return self._forward(*args, **kwargs)
-        made = self._forward(**call)
-        parts = _divided(made, len(keys))
-        self._divides = parts is not None
-        if parts is None:
-            return self._forward(*args, **kwargs)
-        self._remember(keys, dict(zip(keys, parts, strict=True)))
-        return made
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call: dict[str, Any] = {}

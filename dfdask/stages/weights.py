@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from dfdask.blocks import LARGEST_PART, SLOTS
 from dfdask.errors import ModelError
@@ -20,27 +21,38 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MOST_HEAD_BYTES = 100 << 20
 
 
-def component_bytes(ref: ModelRef, streamed: bool = False) -> dict[str, dict[str, int]]:
-    """By stage, the bytes of its components in the dtype of the job, and all of them for the whole as one stage.
+class ComponentBytes(NamedTuple):
+    """By stage, and for all of them as one, the bytes of each component, and those that stay where it is streamed.
 
-    ``streamed``: what stays on the device, about, where all blocks pass through it. Names are the same for equal models
-    only. Raises ModelError for a file that is not whole.
+    ``streamed`` is empty where nothing is: of a fake model, and on a CPU, which has no other memory to stream from.
+    """
+
+    whole: dict[str, dict[str, int]]
+    streamed: dict[str, dict[str, int]]
+
+
+def component_bytes(ref: ModelRef) -> ComponentBytes:
+    """What weights take in the dtype of the job, streamed ones about. Names are the same for equal models only.
+
+    Raises ModelError for a file that is not whole.
     """
     if ref.fake is not None:
         settings = ref.fake
-        return {stage: {fake_component(settings, stage): settings.weights.get(stage, 0)} for stage in settings.stages}
+        sizes = {stage: {fake_component(settings, stage): settings.weights.get(stage, 0)} for stage in settings.stages}
+        return ComponentBytes(sizes, {})
     folder = locate(ref.source, ref.revision)
-    found: dict[str, dict[str, int]] = {WHOLE: {}}
+    found = ComponentBytes({WHOLE: {}}, {WHOLE: {}})
     for part in components(folder)[1]:
         if part.stage is not None:
             quantised = ref.speed.quantize.get(part.name)
             numbers = _numbers(folder / part.name)
-            count = _kept(numbers) if streamed and quantised is None else sum(numbers.values())
+            total = sum(numbers.values())
             each = DTYPE_BYTES[ref.dtype] if quantised is None else _quantised_bytes(quantised, DTYPE_BYTES[ref.dtype])
-            size = {f"{ref.digest[:12]}/{part.name}": round(count * each)}
-            found.setdefault(part.stage, {}).update(size)
-            found[WHOLE].update(size)
-    return found
+            for sizes, count in zip(found, (total, _kept(numbers) if quantised is None else total), strict=True):
+                size = {f"{ref.digest[:12]}/{part.name}": round(count * each)}
+                sizes.setdefault(part.stage, {}).update(size)
+                sizes[WHOLE].update(size)
+    return found if ref.device != "cpu" else found._replace(streamed={})
 
 
 def cost_key(spec: JobSpec, ref: ModelRef) -> str:

@@ -82,7 +82,7 @@ def test_more_pixels_and_steps_cost_more(tiny: Tiny) -> None:
 
 
 def test_a_call_is_counted_once_for_any_number_of_steps(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    profiling._known.clear()
+    profiling._known_calls.cache_clear()
     _, _, few = profiles(tiny("sd"), "sd")
     monkeypatch.setattr(profiling, "_run", lambda *_: pytest.fail("it was counted before"))
     _, _, more = profiles(tiny("sd"), "sd", num_inference_steps=6)
@@ -90,7 +90,7 @@ def test_a_call_is_counted_once_for_any_number_of_steps(tiny: Tiny, monkeypatch:
 
 
 def test_what_cannot_be_counted_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    profiling._known.clear()
+    profiling._known_calls.cache_clear()
 
     def looks(self: Any, *args: Any, **kwargs: Any) -> None:
         if args[0].max() > 0:

@@ -34,7 +34,7 @@ def ref_of(folder: Path, dtype: str = "float32") -> ModelRef:
 
 
 def by_part(folder: Path, dtype: str = "float32") -> dict[str, int]:
-    return {name.partition("/")[2]: size for name, size in component_bytes(ref_of(folder, dtype))[WHOLE].items()}
+    return {name.partition("/")[2]: size for name, size in component_bytes(ref_of(folder, dtype)).whole[WHOLE].items()}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_loaded_parameters(tiny: Tiny, dtype: str, each: 
 
 
 def test_stages_share_the_whole_among_them(tiny: Tiny) -> None:
-    found = component_bytes(ref_of(tiny("sd3")))
+    found = component_bytes(ref_of(tiny("sd3"))).whole
     assert set(found) == {"encode", "denoise", "decode", WHOLE}
     parts = [name for stage, sizes in found.items() if stage != WHOLE for name in sizes]
     assert sorted(parts) == sorted(found[WHOLE]) and len(set(parts)) == len(parts)
@@ -92,10 +92,10 @@ def test_what_stays_of_a_streamed_component_is_told_by_names_as_by_blocks(make: 
 def test_quantised_weights_are_smaller(tiny: Tiny, backend: Any, options: dict[str, Any], each: float) -> None:
     ref = ref_of(tiny("flux"), "bfloat16")
     speed = Speed(quantize={"transformer": Quantization(backend=backend, options=options)})
-    before, after = (component_bytes(one)["denoise"] for one in (ref, replace(ref, speed=speed)))
+    before, after = (component_bytes(one).whole["denoise"] for one in (ref, replace(ref, speed=speed)))
     (name,) = before
     assert after[name] == pytest.approx(before[name] / 2 * each, rel=1e-3)
-    assert component_bytes(replace(ref, speed=speed), streamed=True)["denoise"] == after, "it is not streamed"
+    assert component_bytes(replace(ref, speed=speed, device="cuda")).streamed["denoise"] == after, "it is not streamed"
 
 
 def test_weights_in_several_files_are_added_up(model: Path) -> None:
@@ -124,11 +124,11 @@ def test_the_dtype_of_the_file_does_not_matter(model: Path) -> None:
 
 
 def test_other_weights_have_other_names_and_equal_ones_the_same(model: Path, tiny: Tiny) -> None:
-    names = set(component_bytes(ref_of(model))[WHOLE])
-    assert names == set(component_bytes(ref_of(tiny("sd")))[WHOLE]), "a copy is the same model"
+    names = set(component_bytes(ref_of(model)).whole[WHOLE])
+    assert names == set(component_bytes(ref_of(tiny("sd"))).whole[WHOLE]), "a copy is the same model"
     tensors = load_file(model / VAE)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, model / VAE)
-    assert not names & set(component_bytes(ref_of(model))[WHOLE])
+    assert not names & set(component_bytes(ref_of(model)).whole[WHOLE])
 
 
 def test_tensors_without_dimensions_and_other_facts_are_read(model: Path) -> None:
@@ -173,9 +173,9 @@ def fake(**fields: Any) -> JobSpec:
 
 
 def test_a_fake_model_has_the_bytes_that_its_job_says() -> None:
-    found = component_bytes(model_ref(fake(weights={"denoise": 500})))
+    found = component_bytes(model_ref(fake(weights={"denoise": 500}))).whole
     assert {stage: list(sizes.values()) for stage, sizes in found.items()} == {"encode": [0], "denoise": [500]}
-    again, other = (component_bytes(model_ref(fake(weights={"denoise": size}))) for size in (500, 600))
+    again, other = (component_bytes(model_ref(fake(weights={"denoise": size}))).whole for size in (500, 600))
     assert again == found and other["denoise"].keys() != found["denoise"].keys()
 
 
