@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dfdask import __version__
-from dfdask.cli_options import read_bytes, read_settings, read_stage_names
+from dfdask.cli_options import read_bytes, read_class, read_settings, read_stage_names
 from dfdask.errors import DfdaskError, StorageError
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ def run(
 
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path))
-@click.option(
-    "--workers", metavar="FLEET", help="The fleet, e.g. 8xh100:80GB,4xl4:24GB [default: this machine's CPU workers]."
-)
+@click.option("--workers", metavar="FLEET", help="The fleet, e.g. 8xh100:80GB,4xl4:24GB [default: this machine's].")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to use instead of the job's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
 def plan(job: Path, workers: str | None, prompts: Path | None, limit: int | None) -> None:
@@ -291,23 +289,23 @@ def scheduler(host: str, port: int, dashboard_address: str) -> None:
 @click.option(
     "--stages", metavar="NAME,NAME", help="Bind these workers to stages [default: what there is to do, as it changes]."
 )
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes.")
+@click.option("--count", type=click.IntRange(min=1), help="Worker processes [default: one for each GPU, or one].")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--device-class", metavar="NAME", help="What the workers compute on, e.g. h100 [default: found out].")
-@click.option("--memory", metavar="BYTES", help="Device memory that they may use, e.g. 24GB [default: all of it].")
+@click.option("--memory", metavar="BYTES", help="Device memory that each may use, e.g. 24GB [default: all of it].")
 def worker(
     address: str,
     stages: str | None,
-    count: int,
+    count: int | None,
     device: Literal["auto", "cpu", "cuda"],
     device_class: str | None,
     memory: str | None,
 ) -> None:
     """Start workers for the scheduler at ADDRESS. Ctrl-C ends them."""
-    names, size = read_stage_names(stages), read_bytes(memory)
+    names, kind, size = read_stage_names(stages), read_class(device_class), read_bytes(memory)
     from dfdask.cluster import run_worker
 
-    run_worker(address, names, count, device, device_class, size)
+    run_worker(address, names, count, device, kind, size)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

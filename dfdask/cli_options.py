@@ -32,6 +32,13 @@ def read_stage_names(text: str | None) -> list[str] | None:
     return names
 
 
+def read_class(text: str | None) -> str | None:
+    """``--device-class``: a printable name. Raises SpecError."""
+    if text is not None and not (text.strip() and text.isprintable()):
+        raise SpecError(f"--device-class: must be a name, got {text!r}; write e.g. h100")
+    return text
+
+
 def read_bytes(text: str | None) -> int | None:
     """``--memory``: a size such as 24GB, in bytes. Raises SpecError."""
     if text is None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -16,9 +14,9 @@ from typing import Any
 import dask
 
 from dfdask.errors import ClusterError
+from dfdask.machine import gpus, local_workers
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
-from dfdask.tags import class_of_gpu, worker_resources
 
 SETTINGS: Mapping[str, Any] = {
     # Stage tasks are placed by the gate; stealing would only walk all workers for each of them.
@@ -40,9 +38,6 @@ class LocalFleet:
     def __init__(self, workers: int | Sequence[WorkerGroup] | None, device: str = "auto") -> None:
         from distributed import Nanny, Scheduler, SpecCluster
 
-        count = workers if isinstance(workers, int) else available_cores()
-        found = gpu_class(device)
-        groups = [WorkerGroup(count=count)] if workers is None or isinstance(workers, int) else workers
         options: dict[str, Any] = {
             "nthreads": 1,
             "memory_limit": 0,
@@ -50,12 +45,10 @@ class LocalFleet:
             "preload": ["dfdask.quiet"],
         }
         self.worker: Mapping[str, Any] = {"cls": Nanny, "options": options}
-        specification: dict[int, dict[str, Any]] = {}
-        for group in groups:
-            for _ in range(group.count):
-                resources = worker_resources(group.stages or (), group.device_class or found, group.memory)
-                name = len(specification)
-                specification[name] = {"cls": Nanny, "options": {**options, "resources": resources}}
+        specification = {
+            name: {"cls": Nanny, "options": {**options, "resources": one.resources, "env": one.environment}}
+            for name, one in enumerate(local_workers(workers, gpus(device)))
+        }
         scheduler = {
             "protocol": "tcp://",
             "host": "127.0.0.1",
@@ -77,28 +70,6 @@ class LocalFleet:
 
     def close(self) -> None:
         self.cluster.close(timeout=10)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gpu_class(device: str = "auto") -> str | None:
-    """The class of the first GPU that this process may use, as the driver's own tool names it.
-
-    None where there is none, or where ``device`` is the CPU.
-    """
-    if device == "cpu":
-        return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = visible.split(",")[0].strip() if visible is not None else "0"
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={first}"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return class_of_gpu(told.strip()) or None
 
 
 def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
@@ -128,20 +99,27 @@ def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
 def run_worker(
     address: str,
     stages: Sequence[str] | None,
-    count: int,
+    count: int | None,
     device: str,
     device_class: str | None = None,
     memory_bytes: int | None = None,
 ) -> None:
-    """Run ``count`` worker processes until SIGINT or SIGTERM, or until the scheduler goes away.
+    """Run ``count`` worker processes (None: one for each GPU, else one) until SIGINT, SIGTERM or the scheduler's end.
 
     They are tagged with the ``stages`` that they are bound to (None: the gate decides), their ``device_class``
-    (None: as the GPU is called, if there is one) and the ``memory_bytes`` that they may use on it. A worker process
-    that dies is started again. Raises ClusterError where no scheduler answers.
+    (None: as the GPU is called, if there is one) and the ``memory_bytes`` that they may use on it (None: what is free
+    on the GPU, shared by those on it). A worker process that dies is started again. Raises ClusterError where no
+    scheduler answers.
     """
     from distributed import Nanny
 
-    device_class = device_class or gpu_class(device)
+    found = gpus(device)
+    group = WorkerGroup(
+        count=count or len(found) or 1,
+        stages=list(stages) if stages else None,
+        device_class=device_class,
+        memory=memory_bytes,
+    )
 
     async def serve(stopped: asyncio.Event) -> None:
         await check_scheduler(address)
@@ -150,11 +128,11 @@ def run_worker(
                 address,
                 nthreads=1,
                 memory_limit=0,
-                resources=worker_resources(stages or (), device_class, memory_bytes),
-                env={"DFDASK_DEVICE": device},
+                resources=one.resources,
+                env={"DFDASK_DEVICE": device, **one.environment},
                 death_timeout=60,
             )
-            for _ in range(count)
+            for one in local_workers([group], found)
         ]
         await asyncio.gather(*nannies)
         roles = ", ".join(stages) if stages else "all stages"

@@ -17,12 +17,14 @@ from dfdask.capacity import ways
 from dfdask.cost import CostModel, Prediction, TaskWork
 from dfdask.errors import ModelError, SpecError
 from dfdask.items import Item
+from dfdask.machine import gpus, local_workers
 from dfdask.placement import Device, Option, Role, StageWork, place
 from dfdask.prepare import batch_size
 from dfdask.prompts import read_items
 from dfdask.spec import JobSpec
 from dfdask.stages.model import model_ref, with_defaults
 from dfdask.stages.weights import component_bytes, cost_key
+from dfdask.tags import UNKNOWN_CLASS
 from dfdask.words import brief, count, duration, size
 
 LOAD_BYTES_PER_SECOND = 4.75e9
@@ -183,10 +185,13 @@ def spec_seconds(spec: JobSpec, stage: str) -> float:
 
 
 def _local(spec: JobSpec) -> list[Device]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = spec.workers if isinstance(spec.workers, int) else sum(g.count for g in spec.workers or ()) or cores
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // workers
-    return [Device(f"local {number}", "cpu", memory) for number in range(workers)]
+    """The workers that a run would start here; those that say nothing of their memory share the host's."""
+    workers = local_workers(spec.workers, gpus(spec.device))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(len(workers), 1)
+    return [
+        Device(f"local {number}", one.device_class or UNKNOWN_CLASS, one.memory_bytes or memory)
+        for number, one in enumerate(workers)
+    ]
 
 
 def _named(role: Role) -> str:

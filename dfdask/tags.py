@@ -1,8 +1,8 @@
 """What a worker says of itself, as Dask resources: visible in the dashboard and in ``client.scheduler_info()``.
 
-``GPU``: how many; ``class:<name>``: the class of its device; ``memory``: the bytes that components and a batch may
-take there; ``role:<stage>``: a stage that it runs. Roles that a worker brings along bind it to them; on one without
-any the gate sets them, with the share of its time as the amount.
+``GPU``: how many, a part of one where workers share it; ``class:<name>``: the class of its device; ``memory``: the
+bytes that components and a batch may take there; ``role:<stage>``: a stage that it runs. Roles that a worker brings
+along bind it to them; on one without any the gate sets them, with the share of its time as the amount.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tags:
 
 
 def worker_resources(
-    stages: Iterable[str] = (), device_class: str | None = None, memory_bytes: int | None = None, gpus: int = 0
+    stages: Iterable[str] = (), device_class: str | None = None, memory_bytes: int | None = None, gpus: float = 0
 ) -> dict[str, float]:
     """The resources that a worker is started with."""
     found: dict[str, float] = {ROLE + stage: 1 for stage in stages}

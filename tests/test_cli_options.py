@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dfdask.cli_options import read_bytes, read_settings, read_stage_names
+from dfdask.cli_options import read_bytes, read_class, read_settings, read_stage_names
 from dfdask.errors import SpecError
 
 
@@ -17,6 +17,12 @@ def test_worker_stages(text: str | None, names: list[str] | None) -> None:
 def test_bad_stage_names(text: str) -> None:
     with pytest.raises(SpecError, match="--stages: must be different names"):
         read_stage_names(text)
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\nb"])
+def test_bad_class_names(text: str) -> None:
+    with pytest.raises(SpecError, match="--device-class: must be a name"):
+        read_class(text)
 
 
 def test_sizes() -> None:

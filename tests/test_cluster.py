@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import dask
 import psutil
@@ -21,12 +20,9 @@ from dfdask.cluster import (
     LocalFleet,
     _free_port,
     _interrupts_kept_out,
-    available_cores,
     check_scheduler,
-    gpu_class,
     run_scheduler,
 )
-from dfdask.cost import CostModel
 from dfdask.errors import ClusterError
 from dfdask.spec import WorkerGroup
 
@@ -63,42 +59,6 @@ def test_workers_have_the_roles_of_their_groups_and_end_with_the_fleet() -> None
         lambda: not [one for one in started if one.is_running() and "spawn_main" in str(one.cmdline())], 10, "the end"
     )
     assert dask.config.get("distributed.scheduler.work-stealing") is True, "settings of others are left alone"
-
-
-@pytest.fixture
-def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A driver's tool that knows one GPU, and what it was asked."""
-    tool, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
-    tool.write_text(
-        f'#!/bin/sh\necho "$@" > {asked}\ncase "$*" in *--id=7*) exit 6;; esac\necho "NVIDIA H100 80GB HBM3"\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return asked
-
-
-def test_the_class_of_a_gpu_is_found_out(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_class() == "h100-80gb-hbm3" and CostModel().rates_of("h100-80gb-hbm3") is not None
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3f,GPU-4a")
-    assert gpu_class() == "h100-80gb-hbm3" and driver.read_text().endswith("--id=GPU-3f\n")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert gpu_class() is None, "a driver that does not know it"
-    monkeypatch.setenv("PATH", "")
-    assert gpu_class() is None
-
-
-@pytest.mark.usefixtures("driver")
-def test_workers_beside_a_gpu_are_of_its_class_unless_they_compute_on_the_cpu() -> None:
-    for device, expected in (("auto", [["class:h100-80gb-hbm3"], ["class:mine"]]), ("cpu", [[], ["class:mine"]])):
-        fleet = LocalFleet([WorkerGroup(), WorkerGroup(device_class="mine")], device)
-        try:
-            with Client(fleet.address, set_as_default=False) as client:
-                client.wait_for_workers(2, timeout=60)
-                workers = client.scheduler_info()["workers"].values()
-                assert sorted(sorted(worker["resources"]) for worker in workers) == expected
-        finally:
-            fleet.close()
 
 
 def _news() -> tuple[str, ...]:
@@ -143,7 +103,3 @@ def test_interrupts_come_back_afterwards() -> None:
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         raise ValueError
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-
-
-def test_as_many_workers_as_cores() -> None:
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)

@@ -20,9 +20,9 @@ def budgets(device: str) -> tuple[int, int]:
 
     Sets up CUDA's allocator, so that what the environment says is a limit and not a wish.
     """
-    wanted = _bytes_of(MEMORY_BYTES)
+    wanted = bytes_of(MEMORY_BYTES)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    host = _bytes_of(HOST_MEMORY_BYTES) or int(physical * HOST_PART)
+    host = bytes_of(HOST_MEMORY_BYTES) or int(physical * HOST_PART)
     if device != "cuda":
         return wanted or host, wanted or host
     import torch
@@ -32,9 +32,14 @@ def budgets(device: str) -> tuple[int, int]:
         getattr(torch._C, "_accelerator_setAllocatorSettings", usual)("expandable_segments:True")
     free, total = torch.cuda.mem_get_info()
     if wanted is None:
-        return max(free - RESERVE_BYTES, free // 2), host
+        return usable_bytes(free), host
     torch.cuda.set_per_process_memory_fraction(min(wanted / total, 1.0))
     return min(wanted, total), host
+
+
+def usable_bytes(free_bytes: int) -> int:
+    """What a process may use of a device's free memory."""
+    return max(free_bytes - RESERVE_BYTES, free_bytes // 2)
 
 
 class Measured:
@@ -71,7 +76,8 @@ class Measured:
             self.bytes = torch.cuda.max_memory_allocated() - self._before
 
 
-def _bytes_of(variable: str) -> int | None:
+def bytes_of(variable: str) -> int | None:
+    """The number of bytes in an environment variable, None where it is not set. Raises ClusterError."""
     text = os.environ.get(variable)
     if not text:
         return None

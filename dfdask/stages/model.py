@@ -195,7 +195,10 @@ def device_for(wanted: str) -> str:
     if chosen == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if chosen == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device: cuda is asked for, but this worker has no CUDA GPU; use device: auto")
+        raise ModelError(
+            f"device: cuda is asked for, but this worker has no CUDA GPU (or none for torch {torch.__version__}); "
+            "use device: auto"
+        )
     return chosen
 
 

@@ -1,0 +1,133 @@
+"""What this machine computes on, and the worker processes to start here: one on each GPU, else one on each core."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfdask.spec import WorkerGroup
+from dfdask.stages.budget import MEMORY_BYTES, bytes_of, usable_bytes
+from dfdask.tags import UNKNOWN_CLASS, class_of_gpu, worker_resources
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DEVICE_FILES = Path("/dev")
+_DRIVER_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """``name`` is what CUDA_VISIBLE_DEVICES calls it.
+
+    Its class and free memory are known where the driver's tool tells them, which it does not for slices (MIG).
+    """
+
+    name: str
+    device_class: str = "gpu"
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWorker:
+    """A worker process to start here, on a ``gpu`` that ``sharers`` of them use, or on the CPU where that is None."""
+
+    stages: tuple[str, ...] = ()
+    device_class: str | None = None
+    memory_bytes: int | None = None
+    gpu: str | None = None
+    sharers: int = 1
+
+    @property
+    def resources(self) -> dict[str, float]:
+        gpus = 0.0 if self.gpu is None else 1 / self.sharers
+        return worker_resources(self.stages, self.device_class, self.memory_bytes, gpus)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        if self.gpu is not None:
+            return {VISIBLE: self.gpu}
+        return {"DFDASK_DEVICE": "cpu"} if self.device_class == UNKNOWN_CLASS else {}
+
+
+def local_workers(groups: int | Sequence[WorkerGroup] | None, found: Sequence[Gpu]) -> list[LocalWorker]:
+    """The workers of ``groups``, or so many, or as many as there are GPUs, else CPU cores.
+
+    They take the GPUs ``found`` in turn, but those of device class ``cpu``, and share the memory of one that several
+    use. What a group says of its class and memory goes before what is found out. Raises ClusterError.
+    """
+    if groups is None:
+        groups = len(found) or available_cores()
+    if isinstance(groups, int):
+        groups = [WorkerGroup(count=groups)]
+    alone = [group for group in groups for _ in range(group.count)]
+    on_gpus = [place for place, group in enumerate(alone) if found and group.device_class != UNKNOWN_CLASS]
+    taken = {place: found[turn % len(found)] for turn, place in enumerate(on_gpus)}
+    sharers = Counter(gpu.name for gpu in taken.values())
+    limit = bytes_of(MEMORY_BYTES)
+    workers = []
+    for place, group in enumerate(alone):
+        stages, gpu, memory = tuple(group.stages or ()), taken.get(place), group.memory or limit
+        if gpu is None:
+            workers.append(LocalWorker(stages, group.device_class, memory))
+            continue
+        among = sharers[gpu.name]
+        if memory is None and gpu.free_bytes:
+            memory = usable_bytes(gpu.free_bytes // among)
+        workers.append(LocalWorker(stages, group.device_class or gpu.device_class, memory, gpu.name, among))
+    return workers
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(device: str = "auto") -> list[Gpu]:
+    """The GPUs that this process may use; none where ``device`` is the CPU or the installed torch knows no CUDA."""
+    visible = os.environ.get(VISIBLE)
+    if device == "cpu" or visible == "" or not _torch_has_cuda():
+        return []
+    there = _told() or _seen()
+    if visible is None:
+        return list(there.values())
+    chosen = []
+    for entry in map(str.strip, visible.split(",")):
+        named = [gpu for index, gpu in there.items() if entry and (entry == index or gpu.name.startswith(entry))]
+        if not named and not entry.startswith("MIG-"):
+            break  # CUDA too takes those before the first that there is not
+        chosen.append(named[0] if named else Gpu(entry))
+    return chosen
+
+
+def _told() -> dict[str, Gpu]:
+    """By index, as the driver's own tool tells: asking CUDA would take memory on each."""
+    fields = "--query-gpu=index,uuid,name,memory.free"
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
+        rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.strip()]
+        return {
+            index: Gpu(uuid, class_of_gpu(name), int(free) << 20 if free.isdecimal() else None)
+            for index, uuid, name, free in rows
+        }
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+
+
+def _seen() -> dict[str, Gpu]:
+    """By index, where there is no such tool, as in many containers."""
+    numbers = sorted(int(path.name.removeprefix("nvidia")) for path in DEVICE_FILES.glob("nvidia[0-9]*"))
+    return {str(index): Gpu(str(index)) for index, _ in enumerate(numbers)}
+
+
+def _torch_has_cuda() -> bool:
+    """Read from its files: importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    return runpy.run_path(str(Path(torch.origin).with_name("version.py"))).get("cuda") is not None
