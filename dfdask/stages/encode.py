@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+from zict import LRU
 
 from dfdask.arguments import canonical_json
 from dfdask.batching import call_key
@@ -114,10 +115,8 @@ class _Cache:
     """The states used last, up to so many bytes, and those that are kept beside the runs where any are."""
 
     def __init__(self, most_bytes: int, shelf: Shelf | None) -> None:
-        self._most_bytes = most_bytes
         self._shelf = shelf
-        self._bytes = 0
-        self._states: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._states: LRU[str, Any] = LRU(most_bytes, {}, weight=lambda _, state: nbytes(state))
 
     def get(self, key: str) -> Any:
         return self.get_all([key])[0]
@@ -126,29 +125,14 @@ class _Cache:
         """The state of each key, or None."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._states] if self._shelf else []
         kept = dict(zip(missing, self._shelf.get(missing), strict=True)) if self._shelf and missing else {}
-        found = [kept[key] if key in kept else self._remembered(key) for key in keys]
-        for key, state in kept.items():
-            if state is not None:
-                self._remember(key, state)
+        found = [kept[key] if key in kept else self._states.get(key) for key in keys]
+        self._states.update({key: state for key, state in kept.items() if state is not None})
         return found
 
     def put(self, key: str, state: Any) -> None:
-        self._remember(key, state)
+        self._states[key] = state
         if self._shelf is not None:
             self._shelf.put(key, state)
-
-    def _remembered(self, key: str) -> Any:
-        if key not in self._states:
-            return None
-        self._states.move_to_end(key)
-        return self._states[key][0]
-
-    def _remember(self, key: str, state: Any) -> None:
-        size = nbytes(state)
-        self._bytes += size - (self._states.pop(key)[1] if key in self._states else 0)
-        self._states[key] = state, size
-        while self._bytes > self._most_bytes:
-            self._bytes -= self._states.popitem(last=False)[1][1]
 
 
 def _joined(tapes: Sequence[Any]) -> Tape | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from zict import LRU
 
 from dfdask.stages.model import ModelRef
 
@@ -59,12 +60,11 @@ class RowsOnce:
         self._forward = forward
         self._signature = inspect.signature(forward)
         self._most_bytes = most_bytes
-        self._bytes = 0
-        self._rows: OrderedDict[str, _Row] = OrderedDict()
+        self._rows: LRU[str, _Row] = LRU(most_bytes, {}, weight=lambda _, row: row.nbytes)
+        self._seen: LRU[str, None] = LRU(_MOST_SEEN, {})
         kinds = {parameter.kind for parameter in self._signature.parameters.values()}
         # Whether it returns a part for each row: None before it was seen with several, for one row cannot tell.
         self._divides: bool | None = False if inspect.Parameter.VAR_POSITIONAL in kinds else None
-        self._seen: OrderedDict[str, None] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._by_name(args, kwargs)
@@ -75,8 +75,6 @@ class RowsOnce:
         if self._divides is None and len(keys) == 1:
             return self._forward(*args, **kwargs)
         known = {key: self._rows[key] for key in keys if key in self._rows}
-        for key in known:
-            self._rows.move_to_end(key)
         # Until it is known to divide, all of a call is computed.
         new = keys if self._divides is None else [key for key in dict.fromkeys(keys) if key not in known]
         if new:
@@ -113,11 +111,6 @@ class RowsOnce:
             if comes_again and row.nbytes <= min(MOST_ROW_BYTES, self._most_bytes):
                 copies = [None if leaf is None else leaf.to("cpu", copy=True) for leaf in row.leaves]
                 self._rows[key] = _Row(row.form, copies)
-                self._bytes += row.nbytes
-        while len(self._seen) > _MOST_SEEN:
-            self._seen.popitem(last=False)
-        while self._bytes > self._most_bytes:
-            self._bytes -= self._rows.popitem(last=False)[1].nbytes
 
 
 def _rows_of(call: Mapping[str, Any]) -> dict[str, Any] | None:

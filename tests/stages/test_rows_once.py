@@ -145,7 +145,7 @@ def test_any_calls_return_what_the_encoder_would(calls: list[str], row_limit: in
     for texts in calls:
         values, nothing = once(rows_of(texts))
         assert nothing is None and torch.equal(values, rows_of(texts) * 2.0)
-        assert once._bytes == sum(row.nbytes for row in once._rows.values()) <= row_limit * 6 * 4
+        assert sum(row.nbytes for row in once._rows.values()) <= row_limit * 6 * 4
 
 
 @pytest.mark.parametrize(("adapted", "remembers"), [(False, True), (True, False)])
