@@ -20,7 +20,7 @@ _FILLING_THREADS = 8
 class Weights:
     """All parameters and buffers of one component, by the blocks that it repeats and the rest, its core.
 
-    With ``unified`` host and device are the same memory: nothing is packed before blocks must be streamed.
+    With ``unified`` host and device are the same memory: nothing is packed, and nothing ever moves.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, unified: bool) -> None:
@@ -29,7 +29,6 @@ class Weights:
         self.module = module.eval()
         self._device = device
         self._unified = unified
-        self._packed = False
         self._on_device = unified
         self._streamer: Streamer | None = None
         found = find_blocks(module)
@@ -40,7 +39,7 @@ class Weights:
             seen.update(id(tensor) for tensor in _all_tensors(block) if id(tensor) not in shared)
         self._core = Unit(_tensors(module, seen))
         if not unified:
-            self.pack()
+            self._pack()
 
     @property
     def nbytes(self) -> int:
@@ -58,8 +57,8 @@ class Weights:
     @property
     def device_bytes(self) -> int:
         """What is taken on the device now."""
-        if self._unified and not self._packed:
-            return self.nbytes if self._on_device else 0
+        if self._unified:
+            return self.nbytes
         units = [self._core, *(unit for _, unit in self._blocks)]
         slots = self._streamer.device_bytes if self._streamer else 0
         return sum(unit.nbytes for unit in units if unit.device is not None) + slots
@@ -74,33 +73,18 @@ class Weights:
         """Ready to run: what is not there is streamed."""
         return self._on_device
 
-    def pack(self) -> None:
-        """Bring all into host memory, page-locked for a GPU, several units at a time."""
-        if self._packed:
-            return
-        pinned = self._device.type == "cuda"
-        units = [self._core, *(unit for _, unit in self._blocks)]
-        threads = min(_FILLING_THREADS, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads, "dfdask-weights") as pool:
-            list(pool.map(lambda unit: unit.pack(pinned), units))
-        self._packed = True
-
     def place(self, streamed: Sequence[int] = ()) -> None:
         """Be on the device, with these blocks streamed. Raises OutOfMemoryError."""
         wanted = tuple(streamed)
-        if self._on_device and self.streamed == wanted:
+        if self._unified or (self._on_device and self.streamed == wanted):
             return
-        if self._unified and not wanted and not self._packed:
-            self._on_device = True
-            return
-        self.pack()
         self._stop()
         self._on_device = True
         for number in wanted:
             self._blocks[number][1].drop()
         resident = [unit for number, (_, unit) in enumerate(self._blocks) if number not in set(wanted)]
         for unit in (self._core, *resident):
-            unit.load(self._device, self._unified)
+            unit.load(self._device)
         if wanted:
             self._streamer = Streamer({number: self._blocks[number] for number in wanted}, self._device)
 
@@ -121,6 +105,14 @@ class Weights:
                 break
             unit.drop()
         return before - self.device_bytes
+
+    def _pack(self) -> None:
+        """Bring all into host memory, page-locked for a GPU, several units at a time."""
+        pinned = self._device.type == "cuda"
+        units = [self._core, *(unit for _, unit in self._blocks)]
+        threads = min(_FILLING_THREADS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads, "dfdask-weights") as pool:
+            list(pool.map(lambda unit: unit.pack(pinned), units))
 
     def _stop(self) -> None:
         if self._streamer is not None:

@@ -39,14 +39,11 @@ class Unit:
         self.host = buffer
         self.point(buffer)
 
-    def load(self, device: torch.device, unified: bool) -> None:
-        """Be on ``device``: by a copy, in order with what is computed there, unless that is the same memory."""
+    def load(self, device: torch.device) -> None:
+        """Be on ``device``, by a copy in order with what is computed there."""
         if self.device is None and self.host is not None:
-            if unified:
-                self.device = self.host
-            else:
-                self.device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-                self.device.copy_(self.host, non_blocking=True)
+            self.device = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            self.device.copy_(self.host, non_blocking=True)
             self.point(self.device)
 
     def drop(self) -> None:
