@@ -16,6 +16,8 @@ from dfdask.stages.budget import MEMORY_BYTES, bytes_of, usable_bytes
 from dfdask.tags import UNKNOWN_CLASS, class_of_gpu, worker_resources
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CONTEXT_BYTES = 1 << 29
+"""What CUDA takes of a GPU in each process, about, before that asks for any."""
 DEVICE_FILES = Path("/dev")
 _DRIVER_SECONDS = 10
 
@@ -76,8 +78,8 @@ def local_workers(groups: int | Sequence[WorkerGroup] | None, found: Sequence[Gp
             workers.append(LocalWorker(stages, group.device_class, memory))
             continue
         among = sharers[gpu.name]
-        if memory is None and gpu.free_bytes:
-            memory = usable_bytes(gpu.free_bytes // among)
+        if memory is None and gpu.free_bytes is not None:
+            memory = max(usable_bytes(gpu.free_bytes // among - CONTEXT_BYTES), 1)
         workers.append(LocalWorker(stages, group.device_class or gpu.device_class, memory, gpu.name, among))
     return workers
 

@@ -17,11 +17,12 @@ from dfdask import machine
 from dfdask.cluster import LocalFleet
 from dfdask.cost import CostModel
 from dfdask.errors import ClusterError
-from dfdask.machine import Gpu, LocalWorker, available_cores, gpus, local_workers
+from dfdask.machine import CONTEXT_BYTES, Gpu, LocalWorker, available_cores, gpus, local_workers
 from dfdask.plan import forecast
 from dfdask.spec import JobSpec, WorkerGroup
 from dfdask.stages.budget import RESERVE_BYTES
 
+TAKEN_BYTES = CONTEXT_BYTES + RESERVE_BYTES
 FIRST = Gpu("GPU-3f-11", "h100-80gb-hbm3", 81_000 << 20)
 SECOND = Gpu("GPU-4a-22", "l4", 23_000 << 20)
 THIRD = Gpu("GPU-4a-33", "l4", None)
@@ -95,8 +96,8 @@ def test_whether_torch_computes_on_gpus(cuda: str, expected: str, tmp_path: Path
 
 def test_a_worker_for_each_gpu_else_for_each_core() -> None:
     assert local_workers(None, [FIRST, SECOND, THIRD]) == [
-        LocalWorker((), "h100-80gb-hbm3", FIRST.free_bytes - RESERVE_BYTES, FIRST.name),  # type: ignore[operator]
-        LocalWorker((), "l4", SECOND.free_bytes - RESERVE_BYTES, SECOND.name),  # type: ignore[operator]
+        LocalWorker((), "h100-80gb-hbm3", FIRST.free_bytes - TAKEN_BYTES, FIRST.name),  # type: ignore[operator]
+        LocalWorker((), "l4", SECOND.free_bytes - TAKEN_BYTES, SECOND.name),  # type: ignore[operator]
         LocalWorker((), "l4", None, THIRD.name),
     ]
     assert local_workers(None, []) == [LocalWorker()] * available_cores()
@@ -107,7 +108,9 @@ def test_a_worker_for_each_gpu_else_for_each_core() -> None:
 def test_workers_on_one_gpu_share_its_memory() -> None:
     one, other, alone = local_workers(3, [FIRST, SECOND])
     assert one == alone and one.sharers == 2 and other.sharers == 1
-    assert one.resources == {"GPU": 0.5, "class:h100-80gb-hbm3": 1, "memory": (40_500 << 20) - RESERVE_BYTES}
+    assert one.resources == {"GPU": 0.5, "class:h100-80gb-hbm3": 1, "memory": (40_500 << 20) - TAKEN_BYTES}
+    (crowded,) = local_workers(1, [Gpu("GPU-5", "l4", 0)])
+    assert crowded.memory_bytes == 1, "other processes have it all: nothing fits"
     assert one.environment == {"CUDA_VISIBLE_DEVICES": FIRST.name}
 
 
@@ -165,5 +168,5 @@ def test_worker_processes_see_their_gpu_alone() -> None:
 def test_a_plan_is_for_what_a_run_would_start() -> None:
     spec = JobSpec(model={"fake": {"stages": {"make": 0.01}}}, prompts=["a"] * 4)  # type: ignore[arg-type]
     kinds = [(device.device_class, device.memory_bytes) for device in forecast(spec).workers]
-    assert kinds[:2] == [("h100-80gb-hbm3", (81_000 << 20) - RESERVE_BYTES), ("l4", (23_000 << 20) - RESERVE_BYTES)]
+    assert kinds[:2] == [("h100-80gb-hbm3", (81_000 << 20) - TAKEN_BYTES), ("l4", (23_000 << 20) - TAKEN_BYTES)]
     assert len(kinds) == 3
