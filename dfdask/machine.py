@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed.system import MEMORY_LIMIT
+
 from dfdask.spec import WorkerGroup
-from dfdask.stages.budget import MEMORY_BYTES, bytes_of, usable_bytes
+from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES, bytes_of, usable_bytes
 from dfdask.tags import UNKNOWN_CLASS, class_of_gpu, worker_resources
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -36,13 +38,17 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class LocalWorker:
-    """A worker process to start here, on a ``gpu`` that ``sharers`` of them use, or on the CPU where that is None."""
+    """A worker process to start here, on a ``gpu`` that ``sharers`` of them use, or on the CPU where that is None.
+
+    ``host_bytes`` are its part of this machine's memory, for weights that are not on the GPU.
+    """
 
     stages: tuple[str, ...] = ()
     device_class: str | None = None
     memory_bytes: int | None = None
     gpu: str | None = None
     sharers: int = 1
+    host_bytes: int = 0
 
     @property
     def resources(self) -> dict[str, float]:
@@ -52,7 +58,7 @@ class LocalWorker:
     @property
     def environment(self) -> dict[str, str]:
         if self.gpu is not None:
-            return {VISIBLE: self.gpu}
+            return {VISIBLE: self.gpu, HOST_MEMORY_BYTES: str(self.host_bytes)}
         return {"DFDASK_DEVICE": "cpu"} if self.device_class == UNKNOWN_CLASS else {}
 
 
@@ -70,7 +76,8 @@ def local_workers(groups: int | Sequence[WorkerGroup] | None, found: Sequence[Gp
     on_gpus = [place for place, group in enumerate(alone) if found and group.device_class != UNKNOWN_CLASS]
     taken = {place: found[turn % len(found)] for turn, place in enumerate(on_gpus)}
     sharers = Counter(gpu.name for gpu in taken.values())
-    limit = bytes_of(MEMORY_BYTES)
+    limit, host = bytes_of(MEMORY_BYTES), bytes_of(HOST_MEMORY_BYTES)
+    host = host or int(MEMORY_LIMIT * HOST_PART) // max(len(on_gpus), 1)
     workers = []
     for place, group in enumerate(alone):
         stages, gpu, memory = tuple(group.stages or ()), taken.get(place), group.memory or limit
@@ -80,7 +87,7 @@ def local_workers(groups: int | Sequence[WorkerGroup] | None, found: Sequence[Gp
         among = sharers[gpu.name]
         if memory is None and gpu.free_bytes is not None:
             memory = max(usable_bytes(gpu.free_bytes // among - CONTEXT_BYTES), 1)
-        workers.append(LocalWorker(stages, group.device_class or gpu.device_class, memory, gpu.name, among))
+        workers.append(LocalWorker(stages, group.device_class or gpu.device_class, memory, gpu.name, among, host))
     return workers
 
 

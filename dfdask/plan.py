@@ -7,11 +7,12 @@ in a run. What is not known is said, never guessed.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from distributed.system import MEMORY_LIMIT
 
 from dfdask.capacity import ways
 from dfdask.cost import CostModel, Prediction, TaskWork
@@ -187,7 +188,7 @@ def spec_seconds(spec: JobSpec, stage: str) -> float:
 def _local(spec: JobSpec) -> list[Device]:
     """The workers that a run would start here; those that say nothing of their memory share the host's."""
     workers = local_workers(spec.workers, gpus(spec.device))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(len(workers), 1)
+    memory = MEMORY_LIMIT // max(len(workers), 1)
     return [
         Device(f"local {number}", one.device_class or UNKNOWN_CLASS, one.memory_bytes or memory)
         for number, one in enumerate(workers)

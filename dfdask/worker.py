@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from distributed import get_worker, secede
 from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.system import MEMORY_LIMIT
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask import meters
@@ -23,7 +24,7 @@ from dfdask.gate import BEGAN
 from dfdask.items import Item
 from dfdask.quarantine import KILLS_TO_BLAME
 from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
-from dfdask.stages.budget import MEMORY_BYTES
+from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES
 from dfdask.stages.model import ModelRef
 from dfdask.stages.residency import DEVICE_CLASS, held_stage, loaded_here
 from dfdask.store import RunStore
@@ -163,12 +164,22 @@ def _ready(ref: ModelRef, stage: str, worker: Any) -> tuple[Stage, bool]:
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
         os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
+    os.environ.setdefault(HOST_MEMORY_BYTES, str(_host_bytes(worker)))
     before = loaded_here()
     held = held_stage(ref, stage)
     prepare = getattr(held, "prepare", None)
     if prepare is not None:
         prepare()
     return held, loaded_here() != before
+
+
+def _host_bytes(worker: Any) -> int:
+    """What weights may take of the host's memory, as far as this process may use it.
+
+    With a limit of its own Dask spills at 0.6 of that, pauses the worker at 0.8 and ends it at 0.95.
+    """
+    limit = worker.memory_manager.memory_limit
+    return limit // 2 if limit else int(MEMORY_LIMIT * HOST_PART)
 
 
 def _holds(held: Stage) -> list[str] | None:

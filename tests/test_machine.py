@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed import Client
+from distributed.system import MEMORY_LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from dfdask.errors import ClusterError
 from dfdask.machine import CONTEXT_BYTES, Gpu, LocalWorker, available_cores, gpus, local_workers
 from dfdask.plan import forecast
 from dfdask.spec import JobSpec, WorkerGroup
-from dfdask.stages.budget import RESERVE_BYTES
+from dfdask.stages.budget import HOST_PART, RESERVE_BYTES
 
 TAKEN_BYTES = CONTEXT_BYTES + RESERVE_BYTES
 FIRST = Gpu("GPU-3f-11", "h100-80gb-hbm3", 81_000 << 20)
@@ -42,6 +43,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("DFDASK_MEMORY_BYTES", raising=False)
+    monkeypatch.delenv("DFDASK_HOST_MEMORY_BYTES", raising=False)
     monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
     monkeypatch.setattr(machine, "DEVICE_FILES", tmp_path)
     return table
@@ -95,10 +97,11 @@ def test_whether_torch_computes_on_gpus(cuda: str, expected: str, tmp_path: Path
 
 
 def test_a_worker_for_each_gpu_else_for_each_core() -> None:
+    host = int(MEMORY_LIMIT * HOST_PART) // 3
     assert local_workers(None, [FIRST, SECOND, THIRD]) == [
-        LocalWorker((), "h100-80gb-hbm3", FIRST.free_bytes - TAKEN_BYTES, FIRST.name),  # type: ignore[operator]
-        LocalWorker((), "l4", SECOND.free_bytes - TAKEN_BYTES, SECOND.name),  # type: ignore[operator]
-        LocalWorker((), "l4", None, THIRD.name),
+        LocalWorker((), "h100-80gb-hbm3", (81_000 << 20) - TAKEN_BYTES, FIRST.name, 1, host),
+        LocalWorker((), "l4", (23_000 << 20) - TAKEN_BYTES, SECOND.name, 1, host),
+        LocalWorker((), "l4", None, THIRD.name, 1, host),
     ]
     assert local_workers(None, []) == [LocalWorker()] * available_cores()
     assert local_workers([], [FIRST]) == []
@@ -111,7 +114,8 @@ def test_workers_on_one_gpu_share_its_memory() -> None:
     assert one.resources == {"GPU": 0.5, "class:h100-80gb-hbm3": 1, "memory": (40_500 << 20) - TAKEN_BYTES}
     (crowded,) = local_workers(1, [Gpu("GPU-5", "l4", 0)])
     assert crowded.memory_bytes == 1, "other processes have it all: nothing fits"
-    assert one.environment == {"CUDA_VISIBLE_DEVICES": FIRST.name}
+    part = int(MEMORY_LIMIT * HOST_PART) // 3
+    assert one.environment == {"CUDA_VISIBLE_DEVICES": FIRST.name, "DFDASK_HOST_MEMORY_BYTES": str(part)}
 
 
 def test_what_the_operator_says_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +125,8 @@ def test_what_the_operator_says_goes_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert (first.device_class, first.memory_bytes, first.stages) == ("h100-80gb-hbm3", 7, ("denoise",))
     assert (second.device_class, second.memory_bytes, second.gpu) == ("mine", 9_000_000_000, SECOND.name)
     assert (third.memory_bytes, third.sharers) == (9_000_000_000, 2)
+    monkeypatch.setenv("DFDASK_HOST_MEMORY_BYTES", "8e9")
+    assert local_workers(2, [FIRST])[1].host_bytes == 8_000_000_000
     monkeypatch.setenv("DFDASK_MEMORY_BYTES", "much")
     with pytest.raises(ClusterError, match="DFDASK_MEMORY_BYTES: must be a number of bytes, got 'much'"):
         local_workers(1, [])

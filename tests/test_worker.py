@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.system import MEMORY_LIMIT
 from stored import new_run
 
 from dfdask.errors import ModelError, StorageError
 from dfdask.items import Item
 from dfdask.spec import FakeStages, JobSpec
 from dfdask.stages.batch import Batch, Group
+from dfdask.stages.budget import HOST_PART
 from dfdask.stages.fake import fake_component
 from dfdask.stages.model import ModelRef, model_ref
 from dfdask.store import RunStore
@@ -80,6 +83,19 @@ def test_reading_a_real_model_is_told_as_a_load(client: Client) -> None:
     found = client.sync(client.scheduler.stop_task_metadata, name="test")
     tasks = sorted((metadata["dfdask"] for metadata in found["metadata"].values()), key=lambda told: told["start"])
     assert [told["load_seconds"] > 0 for told in tasks] == [True, False]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("2GB", 1_000_000_000), (0, int(MEMORY_LIMIT * HOST_PART))])
+def test_weights_keep_to_what_dask_allows_its_worker(limit: str | int, expected: int) -> None:
+    def allowed() -> str | None:
+        return os.environ.get("DFDASK_HOST_MEMORY_BYTES")
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=limit, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        call(client, run_stage, FAKE, "encode", ITEMS)
+        assert set(client.run(allowed).values()) == {str(expected)}
 
 
 def test_a_problem_is_handed_on_to_the_client(client: Client, local: Location) -> None:
