@@ -116,6 +116,16 @@ def test_a_negative_prompt_is_not_pushed_out_by_the_prompts() -> None:
 
 
 @torch.no_grad()
+def test_a_text_that_comes_alone_is_computed_no_more_from_its_third_time_on() -> None:
+    """As the negative prompt of a video job does, whose batches are of one item."""
+    counting = Counting(t5())
+    once, plain = RowsOnce(counting), counting._forward
+    for texts in "anbncndn":
+        torch.testing.assert_close(once(rows_of(texts)), plain(rows_of(texts)))
+    assert counting.rows == [1, 1, 1, 2, 1, 1], "a, n, b, n twice, c, d"
+
+
+@torch.no_grad()
 def test_other_calls_are_passed_on() -> None:
     model = t5()
     once = RowsOnce(model.eval().forward)
@@ -136,6 +146,11 @@ def test_an_encoder_that_has_no_part_for_each_row_is_left_alone() -> None:
     for texts in ("a", "aab", "ccc"):
         assert torch.equal(once(rows_of(texts)), rows_of(texts).sum(0, keepdim=True))
     assert calls == [1, 3, 3, 3]
+    calls.clear()
+    once = RowsOnce(forward)
+    for _ in range(3):
+        assert torch.equal(once(rows_of("a")), rows_of("a"))
+    assert calls == [1, 2, 1, 1]
 
 
 @settings(max_examples=60, deadline=None)
