@@ -6,17 +6,23 @@ import asyncio
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.machine import gpus, local_workers
+from dfdask.machine import VISIBLE, Gpu, gpus, local_workers
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
+from dfdask.tags import UNKNOWN_CLASS, read_tags
+
+if TYPE_CHECKING:
+    from distributed import Nanny
 
 SETTINGS: Mapping[str, Any] = {
     # Stage tasks are placed by the gate; stealing would only walk all workers for each of them.
@@ -44,10 +50,11 @@ class LocalFleet:
             "silence_logs": "ERROR",
             "preload": ["dfdask.quiet"],
         }
-        self.worker: Mapping[str, Any] = {"cls": Nanny, "options": options}
+        found = gpus(device)
+        self.worker: Mapping[str, Any] = {"cls": _nanny_by_gpu(found), "options": options}
         specification = {
             name: {"cls": Nanny, "options": {**options, "resources": one.resources, "env": one.environment}}
-            for name, one in enumerate(local_workers(workers, gpus(device)))
+            for name, one in enumerate(local_workers(workers, found))
         }
         scheduler = {
             "protocol": "tcp://",
@@ -70,6 +77,29 @@ class LocalFleet:
 
     def close(self) -> None:
         self.cluster.close(timeout=10)
+
+
+def _nanny_by_gpu(found: Sequence[Gpu]) -> type[Nanny]:
+    """Nannies whose workers each compute on the GPU that the fewest of them use, but those of class ``cpu``."""
+    from distributed import Nanny
+    from distributed.core import Status
+
+    if not found:
+        return Nanny
+    used: WeakKeyDictionary[Nanny, str] = WeakKeyDictionary()
+
+    class NannyByGpu(Nanny):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            environment = {"DFDASK_DEVICE": "cpu"}
+            if read_tags(options["resources"]).device_class != UNKNOWN_CLASS:
+                living = Counter(
+                    gpu for nanny, gpu in used.items() if nanny.status not in (Status.closed, Status.failed)
+                )
+                used[self] = min(found, key=lambda gpu: living[gpu.name]).name
+                environment = {VISIBLE: used[self]}
+            super().__init__(*args, **{**options, "env": environment})
+
+    return NannyByGpu
 
 
 def run_scheduler(host: str, port: int, dashboard_address: str) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
+from fleet import until
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dfdask import machine
+from dfdask.backends import SpecBackend
 from dfdask.cluster import LocalFleet
 from dfdask.cost import CostModel
 from dfdask.errors import ClusterError
@@ -166,6 +168,26 @@ def test_worker_processes_see_their_gpu_alone() -> None:
             seen = sorted(map(str, client.run(_seen_by).values()))
             gpu_names = sorted(str((gpu.name, None)) for gpu in (FIRST, SECOND, THIRD))
             assert seen == [*gpu_names, str((None, "cpu"))]
+    finally:
+        fleet.close()
+
+
+@pytest.mark.usefixtures("driver")
+def test_workers_that_come_later_take_the_gpu_that_fewest_use() -> None:
+    fleet = LocalFleet([])
+    try:
+        classes = {"any": {"class:any": 1.0}, "cpu": {"class:cpu": 1.0}}
+        backend = SpecBackend(fleet.cluster, classes, dict.fromkeys(classes, fleet.worker))
+        with Client(fleet.address, set_as_default=False) as client:
+            fleet.cluster.sync(backend.start, "any", 3)
+            fleet.cluster.sync(backend.start, "cpu", 1)
+            client.wait_for_workers(4, timeout=60)
+            fleet.cluster.sync(backend.stop, "any", ["any-1"], 0, {"any-0", "any-1", "any-2", "cpu-3"})
+            fleet.cluster.sync(backend.start, "any", 2)
+            until(lambda: len(client.scheduler_info()["workers"]) == 5, 60, "the last two")
+            seen = sorted(map(str, client.run(_seen_by).values()))
+            expected = [FIRST.name, FIRST.name, SECOND.name, THIRD.name]
+            assert seen == [*(str((name, None)) for name in expected), str((None, "cpu"))]
     finally:
         fleet.close()
 
