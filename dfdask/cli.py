@@ -292,7 +292,7 @@ def scheduler(host: str, port: int, dashboard_address: str) -> None:
 @click.option("--count", type=click.IntRange(min=1), help="Worker processes [default: one for each GPU, or one].")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--device-class", metavar="NAME", help="What the workers compute on, e.g. h100 [default: found out].")
-@click.option("--memory", metavar="BYTES", help="Device memory that each may use, e.g. 24GB [default: all of it].")
+@click.option("--memory", metavar="BYTES", help="Device memory that each may use, e.g. 24GB [default: what is free].")
 def worker(
     address: str,
     stages: str | None,
