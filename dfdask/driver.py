@@ -22,6 +22,7 @@ from dfdask.events import ShardCommitted
 from dfdask.gate import WRITE
 from dfdask.plugins import scheduler_plugins
 from dfdask.prompts import ItemTable
+from dfdask.stage_tasks import nearly_done
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
 from dfdask.tags import stage_resource, task_key
@@ -49,6 +50,7 @@ class Work:
 
     ``cost_key`` is what its costs are learnt by; ``weights`` are the bytes of each stage's components, ``streamed``
     those that stay where they are streamed; ``priority`` is its part of the workers' time in relation to other jobs.
+    ``replaced`` names the writers of commits that are there and are to be replaced, by shard.
     """
 
     ref: ModelRef
@@ -63,6 +65,7 @@ class Work:
     weights: Mapping[str, Mapping[str, int]]
     streamed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     priority: float = 1.0
+    replaced: Mapping[int, str] = field(default_factory=dict)
 
 
 class Driver:
@@ -108,7 +111,8 @@ class Driver:
             self._submit(todo)
             while self._flying or todo:
                 if self._should_stop():
-                    self._stop()
+                    self._stop(todo)
+                    break
                 self._collect(POLL_SECONDS)
                 self._poll()
                 self._submit(todo)
@@ -152,6 +156,8 @@ class Driver:
             return
 
     def _receive(self, future: Future[Any]) -> None:
+        if future not in self._flying:  # dropped since
+            return
         if future.status == "finished":
             receipt: dict[str, Any] = future.result()
             del self._flying[future]
@@ -254,13 +260,19 @@ class Driver:
             if reason != UNWRITABLE:
                 self._keep_events()
 
-    def _stop(self) -> None:
-        """Let the shards that are nearly done finish, drop the rest."""
+    def _stop(self, todo: deque[int]) -> None:
+        """Let the shards that are nearly done finish, drop the rest. Raises JobStopped where there is any."""
+        nearly = set(self._client.run_on_scheduler(nearly_done, keys=[future.key for future in self._flying]))
+        dropped = [future for future in self._flying if future.key not in nearly]
+        for future in dropped:
+            del self._flying[future]
+            future.release()
         deadline = time.monotonic() + STOP_SECONDS
         while self._flying and time.monotonic() < deadline:
             self._collect(min(POLL_SECONDS, STOP_SECONDS))
             self._poll()
-        raise JobStopped("stopped on request; everything committed is kept")
+        if dropped or self._flying or todo:
+            raise JobStopped("stopped on request; everything committed is kept")
 
 
 class _Graph:
@@ -279,16 +291,21 @@ class _Graph:
         rows = shard_range(shard, work.store.layout.shard_items, work.store.layout.items)
         items = work.table.items(rows.start, rows.stop)
         last = []
+        replaced = work.replaced.get(shard, "")
+        # A worker that is given a task once more looks there for what another one has committed meanwhile.
+        place = None if replaced else work.store.location
         batches = micro_batches(shard, items, work.batch)
         for micro in batches:
             feed: Any = tuple(items[row - rows.start] for row in micro.items)
             for stage in work.stages:
                 key = task_key(stage, work.token, shard, micro.index, len(micro.items))
-                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed, work.store.location, shard)
+                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed, place, shard)
                 feed = TaskRef(key)
             last.append(feed)
         key = task_key(WRITE, work.token, shard, 0, len(items))
-        self._layers[WRITE][key] = Task(key, write_shard, work.store.location, shard, work.provenance, List(*last))
+        self._layers[WRITE][key] = Task(
+            key, write_shard, work.store.location, shard, work.provenance, List(*last), replaced
+        )
         self.receipts[key] = len(batches)
         return len(batches)
 

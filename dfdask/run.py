@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,8 @@ class Run:
         self._ended: float | None = None
         self._computed_items = 0
         self._first_commit: float | None = None
-        commits = store.commits()
-        self._shards = {int(commit["shard"]) for commit in commits}
-        self._committed = self._resumed = sum(int(c["stop"]) - int(c["start"]) for c in commits)
-        self._failed = sum(int(commit["failed"]) for commit in commits)
+        self._count(store.commits())
+        self._resumed = self._committed
 
     @property
     def name(self) -> str:
@@ -123,7 +122,8 @@ class Run:
         rate = eta = None
         # Shards are committed in lumps: how fast it goes is seen by what is through the last stage.
         todo = layout.items - self._resumed
-        made = min(max(self._computed_items, self._stages[-1].done if self._stages else 0), todo)
+        through = self._stages[-1].done - self._resumed if self._stages else 0
+        made = min(max(self._computed_items, through), todo)
         if made and now > self._began:
             rate = made / (now - self._began)
             eta = (todo - made) / rate
@@ -206,6 +206,13 @@ class Run:
 
         return html(self.progress)
 
+    def _count(self, commits: Iterable[Mapping[str, Any]]) -> None:
+        """These are done, and no others."""
+        kept = list(commits)
+        self._shards = {int(commit["shard"]) for commit in kept}
+        self._committed = sum(int(c["stop"]) - int(c["start"]) for c in kept)
+        self._failed = sum(int(commit["failed"]) for commit in kept)
+
     def _start(self, cluster: JobCluster, on_commit: Callable[[ShardCommitted], None] | None) -> None:
         self._phase = "running"
         self._on_commit = on_commit
@@ -223,9 +230,13 @@ class Run:
                 stop, paused = self._stopping.is_set, self._pausing.is_set
                 Driver(cluster.client(), self._work, self._committed_shard, self._cluster_state, stop, paused).run()
             phase = "finished"
+            everything = self.store.layout.items
+            self._stages = tuple(replace(stage, queued=0, running=0, done=everything) for stage in self._stages)
         except JobStopped:
             phase = "stopped"
+            self._recount()
         except DfdaskError as error:
+            self._recount()
             self._error = type(error)(f"{error} ({self._saved()})")
         except BaseException as error:
             self._error = error
@@ -233,6 +244,11 @@ class Run:
             cluster.close()
             self._ended = time.monotonic()
             self._phase = phase
+
+    def _recount(self) -> None:
+        """By the store: of what was to be replaced some is there still, and not all that was written was told."""
+        with suppress(DfdaskError):
+            self._count(self.store.commits())
 
     def _saved(self) -> str:
         progress = self.progress
@@ -301,9 +317,12 @@ def _prepare(
         facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": made_with}
         store = create_store(location, spec, ref, table, facts, cluster)
     check_same(store, canonical, table, identity)
-    if retry_failed:
-        store.uncommit_failed()
     run = Run(store)
+    commits = store.commits() if retry_failed else []
+    replaced = {int(commit["shard"]): str(commit["writer"]) for commit in commits if commit["failed"]}
+    if replaced:
+        run._count(commit for commit in commits if int(commit["shard"]) not in replaced)
+        run._resumed = run._committed
     layout = store.layout
     made = store.attributes["dfdask"]
     run._work = Work(
@@ -319,6 +338,7 @@ def _prepare(
         weights=weights,
         streamed=streamed,
         priority=spec.priority,
+        replaced=replaced,
     )
     store.sweep()
     return run

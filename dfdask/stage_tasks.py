@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfdask.dispatch import Kind
@@ -62,3 +62,14 @@ def home_of(scheduler: Scheduler, task: TaskState) -> str | None:
     if able:
         return max(able, key=holders.__getitem__)
     return next((worker.address for worker in running), None)
+
+
+def nearly_done(dask_scheduler: Scheduler, keys: Sequence[Any]) -> list[Any]:
+    """Of the tasks ``keys`` those that run, or wait for nothing but what workers have or are at."""
+    found = {key: dask_scheduler.tasks.get(key) for key in keys}
+    at_work = {"memory", "processing"}
+    return [
+        key
+        for key, task in found.items()
+        if task is not None and (task.state in at_work or all(one.state in at_work for one in task.dependencies))
+    ]

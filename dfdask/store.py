@@ -144,8 +144,11 @@ class RunStore:
         status: NDArray[np.uint8],
         errors: Sequence[str],
         record: Mapping[str, Any],
+        replaced: str = "",
     ) -> Commit:
         """Write, read back and commit a whole shard; where it has a commit already, write nothing.
+
+        But a commit of the writer ``replaced`` gives way: only now that what takes its place is there.
 
         ``pixels`` (n, *item_shape) uint8, ``status`` (n,) of 1 = ok and 2 = failed, ``errors`` n texts; ``record``
         is JSON and becomes a part of the commit. Raises StorageError, ValueError.
@@ -170,22 +173,18 @@ class RunStore:
             "writer": writer,
         }
         data = json.dumps(full, ensure_ascii=False, allow_nan=False).encode()
-        if found := self.commit(shard):
+        found = self.commit(shard)
+        if found and found.get("writer", "") != replaced:
             return Commit(shard, found, stale=True)
         with storage_errors(f"cannot write shard {shard} of {self.location}"):
+            if found:
+                self._objects.delete([commit_key(shard)])
             self._put_and_read_back(objects)
             try:
                 self._objects.put(commit_key(shard), data, create=True)
                 return Commit(shard, full, stale=False)
             except TakenError:
                 return self._settle(shard, objects, data, writer)
-
-    def uncommit_failed(self) -> int:
-        """Take back the commits of shards with failed items, so that they are done again. Returns how many."""
-        shards = [int(commit["shard"]) for commit in self.commits() if commit["failed"]]
-        with storage_errors(f"cannot take back commits of {self.location}"):
-            self._objects.delete(map(commit_key, shards))
-        return len(shards)
 
     def read(self, start: int, stop: int, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Rows ``start`` to ``stop`` (exclusive) of the named arrays (None: all), committed or not."""

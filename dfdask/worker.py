@@ -202,8 +202,12 @@ class _Announcing:
         return self._stage.run(items, state)
 
 
-def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+def write_shard(
+    location: Location, shard: int, run: dict[str, Any], batches: Sequence[Batch], replaced: str = ""
+) -> dict[str, Any]:
     """Write the pixels of one shard and commit it, beside the computation of the next.
+
+    ``replaced`` is the writer of a commit that this one replaces, if any.
 
     Returns a receipt: ``shard``, ``items``, ``failed_items``, ``stale`` (another writer was first),
     ``stage_seconds``; or ``shard`` and ``error``, a DfdaskError for the client to raise.
@@ -216,12 +220,12 @@ def write_shard(location: Location, shard: int, run: dict[str, Any], batches: Se
         store = RunStore.open(location)
         if any(batch.committed for batch in batches) and (record := store.commit(shard)):
             return _receipt(record, stale=True)  # who wrote it did not live to say so
-        return _write(store, shard, run, batches)
+        return _write(store, shard, run, batches, replaced)
     except StorageError as error:
         return {"shard": shard, "error": error}
 
 
-def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[Batch], replaced: str) -> dict[str, Any]:
     layout = store.layout
     first = shard * layout.shard_items
     count = min(layout.shard_items, layout.items - first)
@@ -240,7 +244,7 @@ def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[B
                 problem = _place(pixels[row], picture)
                 status[row], errors[row] = (FAILED, problem) if problem else (OK, "")
     record = {"stage_seconds": seconds, "worker": get_worker().name, "written": time.time(), **run}
-    commit = store.write_shard(shard, pixels, status, errors, record)
+    commit = store.write_shard(shard, pixels, status, errors, record, replaced)
     failed = [text for text in errors if text]
     counts = {"start": first, "stop": first + count, "failed": int((status == FAILED).sum())}
     receipt = _receipt({**record, "shard": shard, **counts}, commit.stale)

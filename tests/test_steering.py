@@ -10,7 +10,7 @@ import pytest
 from distributed import Client
 from fleet import until
 
-from dfdask.errors import DfdaskError
+from dfdask.errors import ClusterError, DfdaskError
 from dfdask.run import Run, open_run, submit
 from dfdask.stages.fake import fake_pixels
 
@@ -80,6 +80,59 @@ def test_failed_items_are_done_again_once_the_cause_is_mended(client: Client, tm
         assert (data.image.values[row] == fake_pixels(int(seed), 8, 8)).all()
     assert again.store.verify() == []
     assert again.retry_failed().wait(timeout=60).progress.resumed_items == 60, "nothing has failed, nothing is done"
+
+
+def test_a_retry_takes_nothing_back_before_it_has_something_better(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, fail=["item-5", "item-33"], stages={"encode": 0.0, "denoise": 0.2, "decode": 0.0})
+    submit(**fields, client=client).wait(timeout=60)
+    before = commits(tmp_path)
+    with pytest.raises(ClusterError):
+        submit(**fields, scheduler="tcp://127.0.0.1:1", retry_failed=True)
+    assert commits(tmp_path) == before
+    run = submit(**fields, client=client, retry_failed=True)
+    assert (run.progress.committed_items, run.progress.failed_items) == (56, 0), "the others are to be done"
+    run.stop()
+    run.wait(timeout=60)
+    there = run.progress
+    assert (there.phase, there.committed_items, there.failed_items) == ("stopped", 60, 2)
+    assert len(commits(tmp_path)) == 30 and run.store.verify() == []
+
+
+def test_a_stop_drops_what_is_not_begun(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.1, "decode": 0.0})
+    run = submit(**fields, client=client)
+    until(lambda: len(commits(tmp_path)) > 2 and in_flight(run) > 20, 30, "a full window")
+    ahead, there = in_flight(run), run.progress.committed_items
+    run.stop()
+    run.wait(timeout=60)
+    assert run.progress.committed_items - there < ahead / 2, "of what waited for workers nothing was done any more"
+
+
+def test_a_stop_that_comes_too_late_is_none(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, items=2, stages={"encode": 0.0, "denoise": 1.0, "decode": 0.0})
+    run = submit(**fields, client=client)
+    until(lambda: run.progress.stages and run.progress.stages[1].running, 30, "the last stage but one")
+    run.stop()
+    run.wait(timeout=60)
+    assert run.progress.phase in ("finished", "stopped")
+    assert (run.progress.phase == "finished") == (run.progress.committed_items == 2)
+
+
+def test_a_resumed_job_counts_its_own_speed(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, items=120, stages={"encode": 0.0, "denoise": 0.1, "decode": 0.0})
+    run = submit(**fields, client=client)
+    until(lambda: len(commits(tmp_path)) > 20, 30, "a part")
+    run.stop()
+    run.wait(timeout=60)
+    again = submit(**fields, client=client)
+    until(lambda: again.progress.items_per_second, 30, "a speed")
+    there = again.progress
+    left = there.items - there.committed_items
+    assert there.eta_seconds is not None and there.items_per_second is not None
+    assert there.items_per_second < 2 * 2 / 0.1, "two workers, an item each 0.1 s"
+    assert there.eta_seconds > left / 2 / there.items_per_second > 0
+    again.wait(timeout=60)
+    assert [(stage.queued, stage.running, stage.done) for stage in again.progress.stages] == [(0, 0, 120)] * 3
 
 
 def test_what_cannot_be_retried(client: Client, tmp_path: Path) -> None:
