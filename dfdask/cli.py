@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dfdask import __version__
-from dfdask.cli_options import read_bytes, read_class, read_settings, read_stage_names
+from dfdask.cli_options import check_address, read_bytes, read_class, read_settings, read_stage_names
 from dfdask.errors import DfdaskError, StorageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(
         spec = spec.limited(limit)
     console = _console()
     look = _look(console, plain, as_json)
-    from dfdask.progress import follow, header, print_rows, summary
+    from dfdask.progress import SAME_COMMAND, follow, header, print_rows, summary
 
     if not as_json:
         _say(console, f"dfdask {__version__}: preparing {job}")
@@ -104,7 +104,8 @@ def run(
         print_rows(console, header(started.progress, _model(spec), look == "lines"))
         if uncut := started.store.attributes["dfdask"].get("uncut"):
             print_rows(console, [("stages", f"one, the whole pipeline: {uncut}")])
-    progress = follow(started, console, look)
+    again = f"go on with --output {started.location.address}, without --new-run" if new_run else SAME_COMMAND
+    progress = follow(started, console, look, again)
     sheet = _sheet(started.store)
     if not as_json:
         print_rows(console, [*summary(progress), *([("pictures", sheet)] if sheet else [])])
@@ -279,6 +280,7 @@ def inspect(model: str, dtype: str, settings: tuple[str, ...], as_json: bool) ->
 @click.option("--dashboard-address", default="127.0.0.1:8787", show_default=True, metavar="HOST:PORT")
 def scheduler(host: str, port: int, dashboard_address: str) -> None:
     """Start a scheduler that workers and `dfdask run --scheduler` connect to. Ctrl-C ends it."""
+    check_address(dashboard_address)
     from dfdask.cluster import run_scheduler
 
     run_scheduler(host=host, port=port, dashboard_address=dashboard_address)

@@ -39,6 +39,12 @@ def read_class(text: str | None) -> str | None:
     return text
 
 
+def check_address(text: str) -> None:
+    """``--dashboard-address``. Raises SpecError."""
+    if not text.rpartition(":")[2].isdecimal():
+        raise SpecError(f"--dashboard-address: must be HOST:PORT, got {text!r}; write e.g. 0.0.0.0:8787")
+
+
 def read_bytes(text: str | None) -> int | None:
     """``--memory``: a size such as 24GB, in bytes. Raises SpecError."""
     if text is None:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.machine import VISIBLE, Gpu, gpus, local_workers
+from dfdask.machine import VISIBLE, Gpu, check_device, gpus, local_workers
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
 from dfdask.tags import UNKNOWN_CLASS, read_tags
@@ -107,14 +107,17 @@ def run_scheduler(host: str, port: int, dashboard_address: str) -> None:
     from distributed import Scheduler
 
     async def serve(stopped: asyncio.Event) -> None:
-        scheduler = Scheduler(
-            host=host, port=port, dashboard=True, dashboard_address=dashboard_address, plugins=scheduler_plugins()
-        )
         try:
+            scheduler = Scheduler(
+                host=host, port=port, dashboard=True, dashboard_address=dashboard_address, plugins=scheduler_plugins()
+            )
             await scheduler
         except (OSError, RuntimeError) as error:  # Dask wraps the first in the second
             why = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
-            raise ClusterError(f"scheduler: cannot listen on {host}:{port} ({why}); choose another --port") from None
+            raise ClusterError(
+                f"scheduler: cannot listen on {host}:{port} or {dashboard_address} ({why}); "
+                "check --host, or choose another --port"
+            ) from None
         print(f"scheduler at {scheduler.address}", flush=True)
         dashboard = scheduler.services.get("dashboard")
         if dashboard is not None:
@@ -143,6 +146,7 @@ def run_worker(
     """
     from distributed import Nanny
 
+    check_device(device)
     found = gpus(device)
     group = WorkerGroup(
         count=count or len(found) or 1,

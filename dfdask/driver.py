@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import queue
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dfdask.wire  # noqa: F401  registers how micro-batches travel
-from dfdask.batching import micro_batches, shard_range
+from dfdask.batching import shard_range
 from dfdask.controller import ANY_CLASS
 from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
 from dfdask.events import ShardCommitted
-from dfdask.gate import WRITE
+from dfdask.graph import Graph
 from dfdask.plugins import scheduler_plugins
 from dfdask.prompts import ItemTable
 from dfdask.stage_tasks import nearly_done
 from dfdask.stages.model import ModelRef
 from dfdask.store import RunStore
-from dfdask.tags import stage_resource, task_key
 from dfdask.words import size
-from dfdask.worker import Preload, inspect_here, run_stage, write_shard
+from dfdask.worker import Preload, inspect_here, receipt_of
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 EVENTS_SECONDS = 10.0  # between two looks at what happened on the cluster
 PATIENCE_SECONDS = 60.0  # without a worker for a stage
+OTHERS_SECONDS = 5.0  # between two looks at what another process has committed
 LOST_SECONDS = 15.0  # without an answer from the scheduler
 LOAD_BYTES_PER_SECOND = 2e9  # from a warm file to a device
 UNWRITABLE = "its output cannot be written"
@@ -93,6 +94,7 @@ class Driver:
         self._events_taken = 0.0
         self._answered = self._covered = time.monotonic()
         self._polled = 0.0
+        self._others_seen: float | None = None  # when it was last looked what other processes have committed
 
     def run(self) -> None:
         """Return when every shard is committed.
@@ -115,6 +117,7 @@ class Driver:
                     break
                 self._collect(POLL_SECONDS)
                 self._poll()
+                self._leave_to_others(todo)
                 self._submit(todo)
             reason = "finished"
         except JobStopped:
@@ -136,7 +139,7 @@ class Driver:
         if self._is_paused():
             return
         flying = sum(self._flying.values())
-        graph = _Graph(self._work)
+        graph = Graph(self._work)
         while shards and (flying < self._window or len(self._flying) + len(graph.receipts) < 2):
             flying += graph.add(shards.popleft())
         if graph.receipts:
@@ -144,6 +147,24 @@ class Driver:
             for future, size in zip(futures, graph.receipts.values(), strict=True):
                 self._flying[future] = size
                 future.add_done_callback(self._finished.put)
+
+    def _leave_to_others(self, todo: deque[int]) -> None:
+        """Once another process is seen to work on the same run: what it has committed is not done again.
+
+        The rest is done in another order, for the other began at the same end.
+        """
+        now = time.monotonic()
+        if self._others_seen is None or now - self._others_seen < OTHERS_SECONDS or not todo:
+            return
+        with contextlib.suppress(StorageError):  # then it is found out when the shard is written
+            there = self._work.store.committed() - self._work.replaced.keys()
+            for shard in [shard for shard in todo if shard in there]:
+                todo.remove(shard)
+                if record := self._work.store.commit(shard):
+                    self._on_commit(ShardCommitted(**receipt_of(record, stale=True)))
+            if not self._others_seen:
+                random.shuffle(todo)
+        self._others_seen = now
 
     def _collect(self, timeout_seconds: float) -> None:
         """Take in what has finished, waiting at most so long for the first."""
@@ -164,6 +185,8 @@ class Driver:
             future.release()
             if "error" in receipt:
                 raise receipt["error"]
+            if receipt["stale"] and self._others_seen is None:
+                self._others_seen = 0.0
             self._on_commit(ShardCommitted(**receipt))
         elif future.status == "error":
             raise _explained(future.exception())
@@ -273,56 +296,6 @@ class Driver:
             self._poll()
         if dropped or self._flying or todo:
             raise JobStopped("stopped on request; everything committed is kept")
-
-
-class _Graph:
-    """Dask tasks for a few shards, one layer per stage so that each has its resource and its priority."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._layers: dict[str, dict[Any, Any]] = {stage: {} for stage in (*work.stages, WRITE)}
-        self.receipts: dict[Any, int] = {}
-
-    def add(self, shard: int) -> int:
-        """The tasks of ``shard``; returns how many micro-batches it has."""
-        from dask._task_spec import List, Task, TaskRef
-
-        work = self._work
-        rows = shard_range(shard, work.store.layout.shard_items, work.store.layout.items)
-        items = work.table.items(rows.start, rows.stop)
-        last = []
-        replaced = work.replaced.get(shard, "")
-        # A worker that is given a task once more looks there for what another one has committed meanwhile.
-        place = None if replaced else work.store.location
-        batches = micro_batches(shard, items, work.batch)
-        for micro in batches:
-            feed: Any = tuple(items[row - rows.start] for row in micro.items)
-            for stage in work.stages:
-                key = task_key(stage, work.token, shard, micro.index, len(micro.items))
-                self._layers[stage][key] = Task(key, run_stage, work.ref, stage, feed, place, shard)
-                feed = TaskRef(key)
-            last.append(feed)
-        key = task_key(WRITE, work.token, shard, 0, len(items))
-        self._layers[WRITE][key] = Task(
-            key, write_shard, work.store.location, shard, work.provenance, List(*last), replaced
-        )
-        self.receipts[key] = len(batches)
-        return len(batches)
-
-    def build(self) -> Any:
-        from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
-
-        names = list(self._layers)
-        layers = {
-            stage: MaterializedLayer(
-                self._layers[stage],
-                # Later stages first: they free memory, earlier ones fill it.
-                annotations={"resources": stage_resource(stage), "priority": place},
-            )
-            for place, stage in enumerate(names)
-        }
-        dependencies = {stage: set(names[max(place - 1, 0) : place]) for place, stage in enumerate(names)}
-        return HighLevelGraph(layers, dependencies)
 
 
 def inspect_on_worker(client: Client, ref: ModelRef, samples: list[Item]) -> Inspected:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distributed.system import MEMORY_LIMIT
 
+from dfdask.errors import ClusterError
 from dfdask.spec import WorkerGroup
 from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES, bytes_of, usable_bytes
 from dfdask.tags import UNKNOWN_CLASS, class_of_gpu, worker_resources
@@ -113,6 +114,15 @@ def gpus(device: str = "auto") -> list[Gpu]:
     return chosen
 
 
+def check_device(device: str) -> None:
+    """Raises ClusterError where a worker on ``device`` could compute nothing."""
+    if device == "cuda" and not _torch_has_cuda("hip"):
+        raise ClusterError(
+            "--device cuda: the torch that is installed here computes on no GPU; install one that does, or use "
+            "--device auto"
+        )
+
+
 def _told() -> dict[str, Gpu]:
     """By index, as the driver's own tool tells: asking CUDA would take memory on each."""
     fields = "--query-gpu=index,uuid,name,memory.free"
@@ -134,9 +144,10 @@ def _seen() -> dict[str, Gpu]:
     return {str(index): Gpu(str(index)) for index, _ in enumerate(numbers)}
 
 
-def _torch_has_cuda() -> bool:
-    """Read from its files: importing it takes seconds."""
+def _torch_has_cuda(*others: str) -> bool:
+    """Whether it is built for CUDA, or one of these. Read from its files: importing it takes seconds."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return False
-    return runpy.run_path(str(Path(torch.origin).with_name("version.py"))).get("cuda") is not None
+    told = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
+    return any(told.get(name) is not None for name in ("cuda", *others))

@@ -77,17 +77,17 @@ def check_same(store: RunStore, canonical: Mapping[str, Any], table: ItemTable, 
     if stored.get("fingerprint") == identity:
         return
     changes = diff_specs(stored.get("spec", {}), canonical)
-    if stored.get("items_digest") != table.digest():
-        there, here = store.layout.items, len(table)
-        changes.append(
-            f"prompts: {there} items in the stored run, {here} now"
-            if there != here
-            else "prompts: their texts, ids, seeds or arguments differ from the stored run's"
-        )
+    there, here = store.layout.items, len(table)
+    if there != here:
+        changes.append(f"prompts: {there} items in the stored run, {here} now")
+    elif not changes and stored.get("items_digest") != table.digest():  # which has the job's arguments in it too
+        changes.append("prompts: their texts, ids, seeds or arguments differ from the stored run's")
     lines = "".join(f"\n  {change}" for change in changes)
+    unused = "" if store.committed() else f"; nothing of it is done yet: {store.location} may be deleted as well"
     raise RunChangedError(
         f"{store.location} was made from a different job:{lines}\n"
         "Undo the change to go on with it, choose another output, or start afresh with --new-run (new_run=True)"
+        f"{unused}"
     )
 
 

@@ -44,10 +44,14 @@ class Job(Protocol):
     def stop(self) -> None: ...
 
 
-def follow(job: Job, console: Console, look: Look) -> Progress:
+SAME_COMMAND = "the same command goes on from there"
+
+
+def follow(job: Job, console: Console, look: Look, again: str = SAME_COMMAND) -> Progress:
     """Show ``job`` until it ends and return its last state. Raises what ``job.wait`` raises.
 
-    The first Ctrl-C (or SIGTERM) stops the job and keeps what is committed; the second leaves at once.
+    The first Ctrl-C (or SIGTERM) stops the job and keeps what is committed; the second leaves at once. ``again`` says
+    how to go on with one that was stopped.
     """
     view = _VIEWS[look](console)
     interrupts = _Interrupts(console)
@@ -58,7 +62,7 @@ def follow(job: Job, console: Console, look: Look) -> Progress:
             if interrupts.count and not stopping:
                 stopping = True
                 if look != "json":
-                    console.print("Stopping: finishing what is being written. Ctrl-C again leaves at once.")
+                    console.print("Stopping: finishing what is nearly done. Ctrl-C again leaves at once.")
                 job.stop()
             if _ended(job):
                 break
@@ -66,7 +70,7 @@ def follow(job: Job, console: Console, look: Look) -> Progress:
     job.wait()  # raises what ended the job
     progress = job.progress
     if progress.phase == "stopped":
-        raise JobStopped(f"stopped with {_done(progress)} committed; the same command goes on from there")
+        raise JobStopped(f"stopped with {_done(progress)} committed; {again}")
     return progress
 
 

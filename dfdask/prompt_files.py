@@ -31,7 +31,10 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """The prompts in ``path``. Raises PromptError."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise PromptError(f"{path}: unknown kind of prompt file {path.suffix!r}; use one of {', '.join(_READERS)}")
+        raise PromptError(
+            f"{path}: unknown kind of prompt file {path.suffix!r}; use one of {', '.join(_READERS)}, "
+            "or a list for the prompts themselves, e.g. prompts: [red apple]"
+        )
     try:
         if path.is_dir():
             raise PromptError(f"{path}: is a directory, not a prompt file; name a file in it")

@@ -219,7 +219,7 @@ def write_shard(
     try:
         store = RunStore.open(location)
         if any(batch.committed for batch in batches) and (record := store.commit(shard)):
-            return _receipt(record, stale=True)  # who wrote it did not live to say so
+            return receipt_of(record, stale=True)  # who wrote it did not live to say so
         return _write(store, shard, run, batches, replaced)
     except StorageError as error:
         return {"shard": shard, "error": error}
@@ -247,13 +247,13 @@ def _write(store: RunStore, shard: int, run: dict[str, Any], batches: Sequence[B
     commit = store.write_shard(shard, pixels, status, errors, record, replaced)
     failed = [text for text in errors if text]
     counts = {"start": first, "stop": first + count, "failed": int((status == FAILED).sum())}
-    receipt = _receipt({**record, "shard": shard, **counts}, commit.stale)
+    receipt = receipt_of({**record, "shard": shard, **counts}, commit.stale)
     written = {name: receipt[name] for name in ("shard", "items", "failed_items")}
     _tell({**written, "errors": tuple(failed[:THUMBNAILS]), "thumbnails": _thumbnails(first, pixels, status)})
     return receipt
 
 
-def _receipt(record: Mapping[str, Any], stale: bool) -> dict[str, Any]:
+def receipt_of(record: Mapping[str, Any], stale: bool) -> dict[str, Any]:
     """What the client is told of a shard, by the record of its commit."""
     return {
         "shard": record["shard"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dfdask.cli_options import read_bytes, read_class, read_settings, read_stage_names
+from dfdask.cli_options import check_address, read_bytes, read_class, read_settings, read_stage_names
 from dfdask.errors import SpecError
 
 
@@ -23,6 +23,12 @@ def test_bad_stage_names(text: str) -> None:
 def test_bad_class_names(text: str) -> None:
     with pytest.raises(SpecError, match="--device-class: must be a name"):
         read_class(text)
+
+
+@pytest.mark.parametrize("text", ["foo", "", "0.0.0.0:", "host:http"])
+def test_bad_dashboard_addresses(text: str) -> None:
+    with pytest.raises(SpecError, match="--dashboard-address: must be HOST:PORT"):
+        check_address(text)
 
 
 def test_sizes() -> None:

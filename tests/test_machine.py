@@ -20,7 +20,7 @@ from dfdask.backends import SpecBackend
 from dfdask.cluster import LocalFleet
 from dfdask.cost import CostModel
 from dfdask.errors import ClusterError
-from dfdask.machine import CONTEXT_BYTES, Gpu, LocalWorker, available_cores, gpus, local_workers
+from dfdask.machine import CONTEXT_BYTES, Gpu, LocalWorker, available_cores, check_device, gpus, local_workers
 from dfdask.plan import forecast
 from dfdask.spec import JobSpec, WorkerGroup
 from dfdask.stages.budget import HOST_PART, RESERVE_BYTES
@@ -96,6 +96,15 @@ def test_whether_torch_computes_on_gpus(cuda: str, expected: str, tmp_path: Path
     there = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     told = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == expected
+
+
+def test_no_worker_starts_on_a_device_that_its_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("auto", "cpu"):
+        check_device(device)
+    with pytest.raises(ClusterError, match="--device cuda: the torch that is installed here computes on no GPU"):
+        check_device("cuda")
+    monkeypatch.setattr(machine, "_torch_has_cuda", lambda *others: others == ("hip",))
+    check_device("cuda")
 
 
 def test_a_worker_for_each_gpu_else_for_each_core() -> None:

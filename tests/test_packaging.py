@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "models": {"stages", "bundled"},
     "dask": {
-        *("run", "prepare", "job_cluster", "driver", "worker", "cluster", "machine", "wire", "quiet"),
+        *("run", "prepare", "job_cluster", "driver", "graph", "worker", "cluster", "machine", "wire", "quiet"),
         *("gate", "roles", "warm_up", "first_costs", "stage_tasks", "telemetry", "cost_file"),
         *("elastic", "backends", "plugins", "meters"),
     },

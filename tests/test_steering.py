@@ -11,6 +11,7 @@ from distributed import Client
 from fleet import until
 
 from dfdask.errors import ClusterError, DfdaskError
+from dfdask.events import ShardCommitted
 from dfdask.run import Run, open_run, submit
 from dfdask.stages.fake import fake_pixels
 
@@ -106,6 +107,17 @@ def test_a_stop_drops_what_is_not_begun(client: Client, tmp_path: Path) -> None:
     run.stop()
     run.wait(timeout=60)
     assert run.progress.committed_items - there < ahead / 2, "of what waited for workers nothing was done any more"
+
+
+def test_two_processes_at_the_same_run_share_its_work(client: Client, tmp_path: Path) -> None:
+    fields = job(tmp_path, items=700, stages={"encode": 0.0, "denoise": 0.05, "decode": 0.0})
+    told: list[ShardCommitted] = []
+    runs = [submit(**fields, client=client, on_commit=told.append), submit(**fields, workers=2, on_commit=told.append)]
+    for run in runs:
+        assert run.wait(timeout=100).progress.committed_items == 700
+    assert sum(not one.stale for one in told) == 350 == len(commits(tmp_path)) and runs[0].store.verify() == []
+    done = [entry for entry in runs[0].store.events() if entry["event"] == "TaskDone" and entry["stage"] == "denoise"]
+    assert sum(entry["items"] for entry in done) < 1.9 * 700, "each has left things to the other"
 
 
 def test_a_stop_that_comes_too_late_is_none(client: Client, tmp_path: Path) -> None:
