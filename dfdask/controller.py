@@ -158,11 +158,19 @@ class Controller:
             self._devices[name] = replace(device, holds=components)
 
     def finished(
-        self, kind: Kind, items: int, device: str, seconds: float, load_seconds: float = 0.0, again: bool = False
+        self,
+        kind: Kind,
+        items: int,
+        device: str,
+        seconds: float,
+        load_seconds: float = 0.0,
+        again: bool = False,
+        whole: bool = True,
     ) -> float:
-        """A task ended well; ``seconds`` of its device, loads and transfers left out. Returns what was predicted.
+        """A task ended; ``seconds`` of its device, loads and transfers left out. Returns what was predicted, or NaN.
 
-        ``again``: its items were counted before, and their results lost.
+        ``again``: its items were counted before, and their results lost. Unless ``whole`` it did not do all of them
+        and its seconds teach nothing.
         """
         if kind not in self._left:
             return math.nan
@@ -171,6 +179,10 @@ class Controller:
         job, worker = self._jobs[kind[0]], self._kinds.get(device)
         if worker is None:
             return math.nan
+        self.loaded(kind, device, load_seconds)
+        if not whole:
+            self.has_drifted = self.has_drifted or not self._left[kind]
+            return math.nan
         factor = self._stragglers.factor(device)
         work = TaskWork(items)
         key = job.model, kind[1], worker.device_class
@@ -178,7 +190,6 @@ class Controller:
         self.costs.observe(*key, work, seconds / factor)
         if items:
             self._stragglers.observe(key, device, seconds / items)
-        self.loaded(kind, device, load_seconds)
         self._is_news(self._decided_on.setdefault((*key, items), believed), believed)
         is_first = is_first or self._left[kind] + items >= job.items  # what its results weigh was not known
         slowed = self._stragglers.factor(device) != factor

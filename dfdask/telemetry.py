@@ -36,9 +36,14 @@ class Telemetry:
         begin, compute = computed(details.get("startstops"))
         seconds, load_seconds = told.get("seconds", compute), told.get("load_seconds", 0.0)
         nbytes = int(details.get("nbytes") or 0)
-        predicted = self._controller.finished(kind, items, worker, seconds, load_seconds, again=not first)
+        # A call with items that failed, here or before, says nothing of what they take.
+        whole = told.get("items", items) == items
+        predicted = self._controller.finished(kind, items, worker, seconds, load_seconds, again=not first, whole=whole)
         stage = job.stage(kind[1])
-        stage.finish(items, seconds, nbytes, predicted)
+        if whole:
+            stage.finish(items, seconds, nbytes, predicted)
+        else:
+            stage.device_seconds += seconds
         if first:
             stage.done_items += items
         if "holds" in told:

@@ -119,6 +119,7 @@ def run_stage(
         return batch
     note = _note()
     if note.get("again") and location is not None and _is_committed(location, shard):
+        _tell({"items": 0})
         return Batch((), committed=True)
     if note.get("give_up"):
         return Batch((), problem=ClusterError(f"{stage}: workers keep dying here; look at their logs"))
@@ -140,8 +141,9 @@ def run_stage(
         if not is_out_of_memory(error):
             raise
         return Batch((), problem=_too_little_memory(stage, batch, error))
-    meters.stage_done(stage, sum(len(group.items) for group in batch.groups), result.seconds[stage], load_seconds)
-    told: dict[str, Any] = {"start": started, "seconds": result.seconds[stage], "load_seconds": load_seconds}
+    seconds, items = result.seconds[stage], sum(len(group.items) for group in result.groups)
+    meters.stage_done(stage, sum(len(group.items) for group in batch.groups), seconds, load_seconds)
+    told: dict[str, Any] = {"start": started, "seconds": seconds, "load_seconds": load_seconds, "items": items}
     if (holds := _holds(held)) is not None:
         told["holds"] = holds
     facts = getattr(held, "facts", None)

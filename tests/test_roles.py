@@ -35,6 +35,13 @@ def test_tasks_that_take_what_they_took_are_no_news(controller: Controller) -> N
     assert controller.ended_tasks == 200 and not controller.has_drifted
 
 
+def test_calls_whose_items_failed_teach_no_costs(controller: Controller) -> None:
+    for _ in range(200):
+        assert math.isnan(controller.finished(KIND, 1, "w1", 1e-5, whole=False))
+    assert controller.left(KIND) == 10_000 - 300, "they are done with all the same"
+    assert controller.finished(KIND, 1, "w1", 2.0) == pytest.approx(2.0, rel=0.01) and not controller.has_drifted
+
+
 def test_a_cost_that_moves_is_news_until_the_decision(controller: Controller) -> None:
     ended = 0
     while not controller.has_drifted:

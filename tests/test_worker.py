@@ -61,6 +61,15 @@ def test_the_scheduler_learns_what_a_task_took(client: Client) -> None:
     assert FAKE.fake is not None and fake_component(FAKE.fake, "encode") not in told["holds"]
 
 
+def test_the_scheduler_learns_how_many_items_came_through(client: Client) -> None:
+    settings = FakeStages(fail=["id-4"], fail_stage="encode")
+    client.sync(client.scheduler.start_task_metadata, name="test")
+    batch = call(client, run_stage, replace(FAKE, fake=settings), "encode", ITEMS)
+    found = client.sync(client.scheduler.stop_task_metadata, name="test")
+    (told,) = (metadata["dfdask"] for metadata in found["metadata"].values())
+    assert len(batch.failures) == 1 and told["items"] == len(ITEMS) - 1
+
+
 def test_only_a_load_is_told_as_one(client: Client) -> None:
     settings = FakeStages(weights={"encode": 1, "denoise": 1}, load_seconds=0.05)
     ref = replace(FAKE, fake=settings)
