@@ -96,6 +96,7 @@ def run(
 
     if not as_json:
         _say(console, f"dfdask {__version__}: preparing {job}")
+    from dfdask.prompts import unused_columns
     from dfdask.run import submit
 
     _hush_dask()
@@ -104,6 +105,8 @@ def run(
         print_rows(console, header(started.progress, _model(spec), look == "lines"))
         if uncut := started.store.attributes["dfdask"].get("uncut"):
             print_rows(console, [("stages", f"one, the whole pipeline: {uncut}")])
+        if unused := unused_columns(spec):
+            print_rows(console, [("not used", f"columns {', '.join(unused)}; `columns` in the job says what they are")])
     again = f"go on with --output {started.location.address}, without --new-run" if new_run else SAME_COMMAND
     progress = follow(started, console, look, again)
     sheet = _sheet(started.store)

@@ -205,6 +205,25 @@ def choose(path: Path, names: Sequence[str], columns: Columns, where: str = "", 
     return chosen
 
 
+def unused_columns(path: Path, columns: Columns) -> list[str]:
+    """Names in a file that ``read_rows`` has read which are no part of an item; of JSON Lines those of the first."""
+    suffix = path.suffix.lower()
+    if suffix in _PARQUET:
+        import pyarrow.parquet as parquet
+
+        names = list(parquet.read_schema(path).names)
+    elif suffix in (*_CSV, *_TSV):
+        with _open(path) as file:
+            names = next(filter(None, csv.reader(file, delimiter="," if suffix in _CSV else "\t")), [])
+    elif _READERS.get(suffix) is _jsonl:
+        with _open(path) as file:
+            names = list(json.loads(next(filter(str.strip, file), "{}")))
+    else:
+        return []
+    used = set(choose(path, [name.strip() for name in names], columns, sparse=True).values())
+    return [name.strip() for name in names if name.strip() not in used]
+
+
 def _where_not_utf8(path: Path) -> str:
     """Finds the first byte that is not UTF-8, reading the file once more."""
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfdask import prompt_files
 from dfdask.arguments import check_argument, checked_text, plain, shown
 from dfdask.errors import PromptError
 from dfdask.images import Picture, find_picture, is_picture
@@ -34,6 +35,16 @@ def read_items(spec: JobSpec) -> ItemTable:
         return _Builder(spec, "prompts", "item", textual=False).build(rows)
     found = islice(read_rows(path, spec.prompts.columns), spec.prompts.limit)
     return _Builder(spec, str(path), unit(path), is_textual(path)).build(found)
+
+
+def unused_columns(spec: JobSpec) -> list[str]:
+    """Columns of the job's prompt file that ``read_items`` leaves alone."""
+    path = spec.prompt_path()
+    return (
+        []
+        if path is None or isinstance(spec.prompts, list)
+        else prompt_files.unused_columns(path, spec.prompts.columns)
+    )
 
 
 class _Builder:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfdask.errors import PromptError
-from dfdask.prompts import ItemTable, read_items
+from dfdask.prompts import ItemTable, read_items, unused_columns
 from dfdask.spec import JobSpec
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -103,6 +103,19 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     "p.jsonl": write_jsonl,
     "p.parquet": write_parquet,
 }
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_that_are_not_read_are_known(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name, [{"Prompt": "a", "seed": 7, "negative_prompt": "b", "guidance_scale": 3, "cfg": 1}])
+    spec = JobSpec(model="bundled", prompts={"file": tmp_path / name, "columns": {"guidance_scale": "cfg"}})  # type: ignore[arg-type]
+    assert unused_columns(spec) == ["negative_prompt", "guidance_scale"]
+
+
+def test_lists_and_texts_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n")
+    for prompts in (["a"], {"file": tmp_path / "p.txt"}):
+        assert unused_columns(JobSpec(model="bundled", prompts=prompts)) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", WRITERS)
