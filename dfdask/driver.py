@@ -209,9 +209,8 @@ class Driver:
             return
         self._answered = now
         self._window = int(state["window"])
-        missing = [name for name in self._work.stages if name in state["unserved"]]
-        if not state["workers"]:
-            missing = list(self._work.stages)
+        missing = [name for name in self._work.stages if name in state["unserved"] or not state["workers"]]
+        state["unserved"] = missing
         if not missing:
             self._covered = now
         elif now - self._covered > PATIENCE_SECONDS:

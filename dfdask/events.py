@@ -32,7 +32,8 @@ class Progress:
 
     ``items`` counts the rows of the output; ``committed_items`` those that the store holds, of which
     ``resumed_items`` were there before this process started and ``failed_items`` carry an error.
-    ``items_per_second`` and ``eta_seconds`` are None until the first commit of this process.
+    ``items_per_second`` and ``eta_seconds`` are None until the first commit of this process. ``unserved`` are stages
+    that no worker may run now.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Progress:
     stages: tuple[StageProgress, ...]
     workers: int
     dashboard: str | None
+    unserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

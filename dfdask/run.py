@@ -89,6 +89,7 @@ class Run:
         self._phase: Phase | None = None
         self._stages: tuple[StageProgress, ...] = ()
         self._workers = 0
+        self._unserved: tuple[str, ...] = ()
         self._dashboard: str | None = None
         self._began = time.monotonic()
         self._ended: float | None = None
@@ -143,6 +144,7 @@ class Run:
             stages=self._stages,
             workers=self._workers,
             dashboard=self._dashboard,
+            unserved=self._unserved,
         )
 
     def wait(self, timeout: float | None = None) -> Run:
@@ -272,6 +274,7 @@ class Run:
         if self._work is None:
             return
         self._workers = int(state["workers"])
+        self._unserved = tuple(state["unserved"])
         self._stages = tuple(
             StageProgress(
                 name=stage,

@@ -99,7 +99,8 @@ def notes(progress: Progress) -> str:
         parts.append(f"{progress.failed_items:,} failed")
     if progress.phase not in ENDED:
         parts.append(count(progress.workers, "worker"))
-    return ", ".join(parts)
+        parts.append(_waiting(progress))
+    return ", ".join(filter(None, parts))
 
 
 def status_line(progress: Progress) -> str:
@@ -110,8 +111,13 @@ def status_line(progress: Progress) -> str:
         pace(progress),
         "" if progress.phase in ENDED else ", ".join(_stage(stage) for stage in progress.stages),
         f"{progress.failed_items:,} failed" if progress.failed_items else "",
+        "" if progress.phase in ENDED else _waiting(progress),
     ]
     return f"{progress.phase}: {'; '.join(part for part in parts if part)}"
+
+
+def _waiting(progress: Progress) -> str:
+    return f"no workers for {printable(', '.join(progress.unserved))} yet" if progress.unserved else ""
 
 
 def _stage(stage: StageProgress) -> str:

@@ -104,7 +104,7 @@ def test_a_stage_that_no_worker_runs_is_named(client: Client, tmp_path: Path, mo
     run = submit(job(tmp_path, 4, model={"fake": {"stages": stages}}), client=client)
     with pytest.raises(ClusterError, match=r"no workers for upscale .*dfdask worker tcp://\S+ --stages upscale"):
         run.wait(30)
-    assert run.progress.phase == "failed"
+    assert run.progress.phase == "failed" and run.progress.unserved == ("upscale",), "it had been said before"
 
 
 def test_a_cluster_without_workers_is_named(

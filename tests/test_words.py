@@ -81,6 +81,13 @@ def test_printable_text_holds_nothing_that_a_terminal_obeys(text: str) -> None:
     assert len(words.clipped(text, 20)) <= 20
 
 
+def test_stages_without_workers_are_named_while_it_runs() -> None:
+    waiting = replace(PROGRESS, phase="running", unserved=("denoise", "decode"))
+    for said in (words.status_line(waiting), words.notes(waiting)):
+        assert said.endswith("no workers for denoise, decode yet")
+    assert "no workers" not in words.status_line(replace(waiting, phase="failed"))
+
+
 def test_status_line_says_everything_once() -> None:
     assert words.status_line(PROGRESS) == (
         "running: 812 of 1,632 items (49%); 2.10 items/s, 6 min 30 s left; "
