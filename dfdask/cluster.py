@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
 import sys
 import threading
@@ -44,6 +45,8 @@ class LocalFleet:
     def __init__(self, workers: int | Sequence[WorkerGroup] | None, device: str = "auto") -> None:
         from distributed import Nanny, Scheduler, SpecCluster
 
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            sys.exit(1)  # a worker that imports its program, which would start workers in turn: see below
         options: dict[str, Any] = {
             "nthreads": 1,
             "memory_limit": 0,
@@ -65,11 +68,18 @@ class LocalFleet:
             "plugins": scheduler_plugins(),
         }
         with dask.config.set(SETTINGS), _interrupts_kept_out():
-            self.cluster = SpecCluster(
-                workers=specification,
-                scheduler={"cls": Scheduler, "options": scheduler},
-                silence_logs="ERROR",
-            )
+            try:
+                self.cluster = SpecCluster(
+                    workers=specification,
+                    scheduler={"cls": Scheduler, "options": scheduler},
+                    silence_logs="ERROR",
+                )
+            except RuntimeError as error:
+                why = " ".join(str(error.__cause__ or error).split())[:200]
+                raise ClusterError(
+                    f"local workers could not start ({why}); a script must submit below "
+                    "`if __name__ == '__main__':`, for its workers import it too"
+                ) from None
 
     @property
     def address(self) -> str:

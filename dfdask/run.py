@@ -53,6 +53,8 @@ def submit(
     import dfdask.driver  # noqa: F401  two threads must not be the first to import distributed at once
 
     spec = with_defaults(_spec(job, fields))
+    if client is not None and not hasattr(client, "register_plugin"):
+        raise SpecError(f"client: must be a distributed.Client, got {client!r}; an address goes to `scheduler`")
     cluster = JobCluster(client, scheduler, spec)
     cluster.start()  # while this thread reads and checks the job
     try:

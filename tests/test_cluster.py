@@ -7,7 +7,10 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import dask
 import psutil
@@ -95,6 +98,16 @@ def test_a_port_that_is_taken_becomes_any_free_one(taken: int) -> None:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
     assert _free_port(free) == free
+
+
+def test_a_script_that_its_workers_cannot_import_is_told_how(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    job = f"model={{'fake': {{}}}}, prompts=['a'], output={str(tmp_path / 'run')!r}"
+    script.write_text(f"import dfdask\ndfdask.submit({job})\n")
+    told = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=False)
+    assert told.returncode == 1 and told.stderr.count("Traceback") == 1
+    assert "must submit below `if __name__ == '__main__':`" in told.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupts_come_back_afterwards() -> None:

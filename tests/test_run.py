@@ -279,3 +279,8 @@ def test_an_item_that_kills_its_workers_costs_one_row(tmp_path: Path) -> None:
     (found,) = [event for event in events if event["event"] == "ItemQuarantined"]
     assert (found["item"], found["stage"], found["kills"]) == (5, "denoise", 3)
     assert sum(event["event"] == "WorkerLeft" for event in events) == 3, "one death for each kill"
+
+
+def test_an_address_is_no_client() -> None:
+    with pytest.raises(SpecError, match=r"client: must be a distributed.Client, got 'tcp://x:1'; .* `scheduler`"):
+        submit(model={"fake": {}}, prompts=["a"], client="tcp://x:1")  # type: ignore[arg-type]
