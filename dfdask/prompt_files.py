@@ -198,6 +198,11 @@ def choose(path: Path, names: Sequence[str], columns: Columns, where: str = "", 
         elif found or key == "prompt" or (key in columns and not sparse):
             what = f"the column {wanted!r} is there {len(found)} times" if found else f"no column {wanted!r}"
             listed = ", ".join(map(repr, names[:30])) + (", ..." if len(names) > 30 else "")
+            if len(names) == 1 and (other := next((sep for sep in ";|\t" if sep in names[0]), None)):
+                raise PromptError(
+                    f"{path}: {where}{what}, but one that is called {names[0]!r}; is {other!r} between the values? "
+                    "Write commas, or tabs in a .tsv file"
+                )
             raise PromptError(
                 f"{path}: {where}{what} (columns: {listed}){'' if found else nearest(wanted, names)}; "
                 f"name the right one, e.g. columns: {{{key}: {names[0] if names else 'caption'}}}"

@@ -176,7 +176,7 @@ def resolve_output(output: str) -> Location:
     advice = f"did you mean {near[0]}/{name}?" if near else f"for a path write ./{output}"
     raise StorageError(
         f"no storage target is called {target!r} (known: {', '.join(known)}); {advice} "
-        f"Targets are YAML files in ./{STORAGE_FOLDER} or in the folder that {STORAGE_VARIABLE} names"
+        f"(targets are YAML files in ./{STORAGE_FOLDER} or in the folder that {STORAGE_VARIABLE} names)"
     )
 
 

@@ -246,6 +246,7 @@ def test_a_column_can_be_left_out(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a", "id": null}\n', {}, "line 1: id: must be text"),
         ("p.jsonl", b"[" * 100_000, {}, "line 1: not valid JSON"),
         ("p.parquet", b"PAR1 no", {}, "not a readable Parquet file"),
+        ("p.csv", b"prompt;id\na;b\n", {}, "is ';' between the values"),
         ("p.parquet", b"", {}, "not a readable Parquet file"),
     ],
 )
