@@ -24,7 +24,7 @@ from dfdask.gate import BEGAN
 from dfdask.items import Item
 from dfdask.quarantine import KILLS_TO_BLAME
 from dfdask.stages.batch import Batch, Stage, describe, is_out_of_memory, run_batch
-from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES
+from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES, allow
 from dfdask.stages.model import ModelRef
 from dfdask.stages.residency import DEVICE_CLASS, held_stage, loaded_here
 from dfdask.store import RunStore
@@ -165,8 +165,8 @@ def _ready(ref: ModelRef, stage: str, worker: Any) -> tuple[Stage, bool]:
     tags = read_tags(worker.state.total_resources)
     os.environ.setdefault(DEVICE_CLASS, tags.device_class)
     if tags.memory_bytes is not None:
-        os.environ.setdefault(MEMORY_BYTES, str(tags.memory_bytes))
-    os.environ.setdefault(HOST_MEMORY_BYTES, str(_host_bytes(worker)))
+        allow(MEMORY_BYTES, tags.memory_bytes)
+    allow(HOST_MEMORY_BYTES, _host_bytes(worker))
     before = loaded_here()
     held = held_stage(ref, stage)
     prepare = getattr(held, "prepare", None)

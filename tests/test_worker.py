@@ -18,7 +18,7 @@ from dfdask.errors import ModelError, StorageError
 from dfdask.items import Item
 from dfdask.spec import FakeStages, JobSpec
 from dfdask.stages.batch import Batch, Group
-from dfdask.stages.budget import HOST_PART
+from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, allowed
 from dfdask.stages.fake import fake_component
 from dfdask.stages.model import ModelRef, model_ref
 from dfdask.store import RunStore
@@ -96,15 +96,15 @@ def test_reading_a_real_model_is_told_as_a_load(client: Client) -> None:
 
 @pytest.mark.parametrize(("limit", "expected"), [("2GB", 1_000_000_000), (0, int(MEMORY_LIMIT * HOST_PART))])
 def test_weights_keep_to_what_dask_allows_its_worker(limit: str | int, expected: int) -> None:
-    def allowed() -> str | None:
-        return os.environ.get("DFDASK_HOST_MEMORY_BYTES")
+    def known() -> tuple[int | None, str | None]:
+        return allowed(HOST_MEMORY_BYTES), os.environ.get(HOST_MEMORY_BYTES)
 
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=limit, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         call(client, run_stage, FAKE, "encode", ITEMS)
-        assert set(client.run(allowed).values()) == {str(expected)}
+        assert set(client.run(known).values()) == {(expected, None)}, "nothing is left in the environment of others"
 
 
 def test_a_problem_is_handed_on_to_the_client(client: Client, local: Location) -> None:

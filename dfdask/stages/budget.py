@@ -13,16 +13,17 @@ MEMORY_BYTES, HOST_MEMORY_BYTES = "DFDASK_MEMORY_BYTES", "DFDASK_HOST_MEMORY_BYT
 RESERVE_BYTES = 1 << 30
 """Of the device's free memory, for what others and the driver take later."""
 HOST_PART = 0.8
+_told: dict[str, int] = {}
 
 
 def budgets(device: str) -> tuple[int, int]:
-    """Bytes on the device and on the host: from the environment, else from what is there. Raises ClusterError.
+    """Bytes on the device and on the host: as ``allowed``, else from what is there. Raises ClusterError.
 
     Sets up CUDA's allocator, so that what the environment says is a limit and not a wish.
     """
-    wanted = bytes_of(MEMORY_BYTES)
+    wanted = allowed(MEMORY_BYTES)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    host = bytes_of(HOST_MEMORY_BYTES) or int(physical * HOST_PART)
+    host = allowed(HOST_MEMORY_BYTES) or int(physical * HOST_PART)
     if device != "cuda":
         return wanted or host, wanted or host
     import torch
@@ -40,6 +41,16 @@ def budgets(device: str) -> tuple[int, int]:
 def usable_bytes(free_bytes: int) -> int:
     """What a process may use of a device's free memory."""
     return max(free_bytes - RESERVE_BYTES, free_bytes // 2)
+
+
+def allow(variable: str, nbytes: int) -> None:
+    """What this process may use unless the environment says otherwise; the first word holds."""
+    _told.setdefault(variable, nbytes)
+
+
+def allowed(variable: str) -> int | None:
+    """What this process may use by the environment or as ``allow`` was told. Raises ClusterError."""
+    return bytes_of(variable) or _told.get(variable)
 
 
 class Measured:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfdask.blocks import kept_bytes, streamed_blocks, streamed_name
 from dfdask.stages.batch import Stage, is_out_of_memory
-from dfdask.stages.budget import MEMORY_BYTES, Measured, budgets, bytes_of
+from dfdask.stages.budget import MEMORY_BYTES, Measured, allowed, budgets
 from dfdask.stages.fake import FakeDevice, FakeStage
 from dfdask.stages.held import HeldStage
 from dfdask.stages.model import ModelRef, device_for
@@ -50,7 +50,7 @@ def _fake_stage(ref: ModelRef, name: str) -> FakeStage:
     key = repr(ref), name
     with _lock:
         if _fake_device is None:
-            _fake_device = FakeDevice(os.environ.get(DEVICE_CLASS, "cpu"), bytes_of(MEMORY_BYTES))
+            _fake_device = FakeDevice(os.environ.get(DEVICE_CLASS, "cpu"), allowed(MEMORY_BYTES))
         if ref.fake is not None and key not in _fakes:
             _fakes[key] = FakeStage(name, ref.fake, _fake_device)
         return _fakes[key]
