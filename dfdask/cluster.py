@@ -17,9 +17,10 @@ from weakref import WeakKeyDictionary
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.machine import VISIBLE, Gpu, check_device, gpus, local_workers
+from dfdask.machine import VISIBLE, Gpu, check_device, gpus, host_share, local_workers
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
+from dfdask.stages.budget import HOST_MEMORY_BYTES
 from dfdask.tags import UNKNOWN_CLASS, read_tags
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _nanny_by_gpu(found: Sequence[Gpu]) -> type[Nanny]:
                     gpu for nanny, gpu in used.items() if nanny.status not in (Status.closed, Status.failed)
                 )
                 used[self] = min(found, key=lambda gpu: living[gpu.name]).name
-                environment = {VISIBLE: used[self]}
+                environment = {VISIBLE: used[self], HOST_MEMORY_BYTES: str(host_share(len(found)))}
             super().__init__(*args, **{**options, "env": environment})
 
     return NannyByGpu

@@ -21,21 +21,22 @@ def budgets(device: str) -> tuple[int, int]:
 
     Sets up CUDA's allocator, so that what the environment says is a limit and not a wish.
     """
-    wanted = allowed(MEMORY_BYTES)
+    limit = bytes_of(MEMORY_BYTES)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     host = allowed(HOST_MEMORY_BYTES) or int(physical * HOST_PART)
     if device != "cuda":
-        return wanted or host, wanted or host
+        host = min(allowed(MEMORY_BYTES) or host, host)
+        return host, host
     import torch
 
     with suppress(AttributeError, RuntimeError):  # one address range that grows: no holes between large buffers
         usual = torch.cuda.memory._set_allocator_settings
         getattr(torch._C, "_accelerator_setAllocatorSettings", usual)("expandable_segments:True")
     free, total = torch.cuda.mem_get_info()
-    if wanted is None:
-        return usable_bytes(free), host
-    torch.cuda.set_per_process_memory_fraction(min(wanted / total, 1.0))
-    return min(wanted, total), host
+    if limit is None:  # others may have taken some since the worker said what there is
+        return min(allowed(MEMORY_BYTES) or free, usable_bytes(free)), host
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
+    return min(limit, total), host
 
 
 def usable_bytes(free_bytes: int) -> int:

@@ -17,9 +17,10 @@ from torch import nn
 from dfdask.errors import ClusterError, ModelError
 from dfdask.items import Item
 from dfdask.spec import FakeStages
+from dfdask.stages import budget, residency
 from dfdask.stages import held as held_stages
-from dfdask.stages import residency
 from dfdask.stages.batch import Batch, Rows, run_batch
+from dfdask.stages.budget import budgets
 from dfdask.stages.component import Weights
 from dfdask.stages.cut import PipelineStage
 from dfdask.stages.fake import FakeStage
@@ -327,12 +328,29 @@ def test_the_host_forgets_what_was_used_longest_ago() -> None:
 def test_budgets_come_from_the_environment_or_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Residency.of_this_process("cpu").device_bytes > 1 << 28
     monkeypatch.setenv("DFDASK_MEMORY_BYTES", "2e9")
-    monkeypatch.setenv("DFDASK_HOST_MEMORY_BYTES", "300")
     assert Residency.of_this_process("cpu").device_bytes == 2_000_000_000
+    monkeypatch.setenv("DFDASK_HOST_MEMORY_BYTES", "300")
+    assert budgets("cpu") == (300, 300), "what a device may take is no more of the host's"
     for text in ("much", "-1", "0", "inf", "nan"):
         monkeypatch.setenv("DFDASK_MEMORY_BYTES", text)
         with pytest.raises(ClusterError, match=f"DFDASK_MEMORY_BYTES: must be a number of bytes, got '{text}'"):
             Residency.of_this_process("cpu")
+
+
+def test_what_is_free_on_a_gpu_limits_what_its_worker_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", parts.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda _: None)
+    monkeypatch.setattr(budget, "_told", {})
+    monkeypatch.setenv("DFDASK_HOST_MEMORY_BYTES", "300")
+    assert budgets("cuda") == (8 << 30, 300)
+    budget.allow("DFDASK_MEMORY_BYTES", 78 << 30)
+    assert budgets("cuda") == (8 << 30, 300), "others have taken the rest since"
+    budget.allow("DFDASK_MEMORY_BYTES", 1)
+    assert parts == [], "no limit that nobody has set"
+    monkeypatch.setenv("DFDASK_MEMORY_BYTES", str(20 << 30))
+    assert budgets("cuda") == (20 << 30, 300) and parts == [0.25]
 
 
 @pytest.mark.usefixtures("no_room")
