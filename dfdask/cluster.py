@@ -17,10 +17,9 @@ from weakref import WeakKeyDictionary
 import dask
 
 from dfdask.errors import ClusterError
-from dfdask.machine import VISIBLE, Gpu, check_device, gpus, host_share, local_workers
+from dfdask.machine import Gpu, LocalWorker, check_device, gpus, host_share, local_workers
 from dfdask.plugins import scheduler_plugins
 from dfdask.spec import WorkerGroup
-from dfdask.stages.budget import HOST_MEMORY_BYTES
 from dfdask.tags import UNKNOWN_CLASS, read_tags
 
 if TYPE_CHECKING:
@@ -98,17 +97,17 @@ def _nanny_by_gpu(found: Sequence[Gpu]) -> type[Nanny]:
     if not found:
         return Nanny
     used: WeakKeyDictionary[Nanny, str] = WeakKeyDictionary()
+    host = host_share(len(found))
 
     class NannyByGpu(Nanny):
         def __init__(self, *args: Any, **options: Any) -> None:
-            environment = {"DFDASK_DEVICE": "cpu"}
-            if read_tags(options["resources"]).device_class != UNKNOWN_CLASS:
-                living = Counter(
-                    gpu for nanny, gpu in used.items() if nanny.status not in (Status.closed, Status.failed)
-                )
-                used[self] = min(found, key=lambda gpu: living[gpu.name]).name
-                environment = {VISIBLE: used[self], HOST_MEMORY_BYTES: str(host_share(len(found)))}
-            super().__init__(*args, **{**options, "env": environment})
+            kind, gpu = read_tags(options["resources"]).device_class, None
+            if kind != UNKNOWN_CLASS:
+                gone = (Status.closed, Status.failed)
+                living = Counter(name for nanny, name in used.items() if nanny.status not in gone)
+                gpu = used[self] = min(found, key=lambda one: living[one.name]).name
+            worker = LocalWorker(device_class=kind, gpu=gpu, host_bytes=host)
+            super().__init__(*args, **{**options, "env": worker.environment})
 
     return NannyByGpu
 

@@ -61,10 +61,14 @@ class LocalWorker:
 
     @property
     def environment(self) -> dict[str, str]:
-        found = {} if self.limit_bytes is None else {MEMORY_BYTES: str(self.limit_bytes)}
+        found = {}
+        if self.limit_bytes is not None:
+            found[MEMORY_BYTES] = str(self.limit_bytes)
         if self.gpu is not None:
-            return {**found, VISIBLE: self.gpu, HOST_MEMORY_BYTES: str(self.host_bytes)}
-        return {**found, **({"DFDASK_DEVICE": "cpu"} if self.device_class == UNKNOWN_CLASS else {})}
+            found |= {VISIBLE: self.gpu, HOST_MEMORY_BYTES: str(self.host_bytes)}
+        elif self.device_class == UNKNOWN_CLASS:
+            found["DFDASK_DEVICE"] = "cpu"
+        return found
 
 
 def local_workers(groups: int | Sequence[WorkerGroup] | None, found: Sequence[Gpu]) -> list[LocalWorker]:
@@ -113,13 +117,13 @@ def gpus(device: str = "auto") -> list[Gpu]:
     there = _told() if shutil.which("nvidia-smi") else _seen()
     if visible is None:
         return list(there.values())
+    # CUDA counts the fastest first unless it is told to count as the driver's tool does.
+    alike = len({gpu.device_class for gpu in there.values()}) == 1 or os.environ.get(ORDER) == "PCI_BUS_ID"
     chosen = []
     for entry in map(str.strip, visible.split(",")):
         named = [gpu for index, gpu in there.items() if entry and (entry == index or gpu.name.startswith(entry))]
         if not named and not entry.startswith("MIG-"):
             break  # CUDA too takes those before the first that there is not
-        # CUDA counts the fastest first unless it is told to count as the driver's tool does.
-        alike = len({gpu.device_class for gpu in there.values()}) == 1 or os.environ.get(ORDER) == "PCI_BUS_ID"
         chosen.append(named[0] if named and (alike or not entry.isdecimal()) else Gpu(entry))
     return chosen
 

@@ -80,7 +80,8 @@ def open_run(output: str | Path) -> Run:
 class Run:
     """A run: its progress while it is made here, and its data at any time."""
 
-    def __init__(self, store: RunStore) -> None:
+    def __init__(self, store: RunStore, commits: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """``commits`` are what counts as done; None: all that the store has."""
         self.store = store
         self._work: Work | None = None
         self._thread: threading.Thread | None = None
@@ -97,7 +98,7 @@ class Run:
         self._ended: float | None = None
         self._computed_items = 0
         self._first_commit: float | None = None
-        self._count(store.commits())
+        self._count(store.commits() if commits is None else commits)
         self._resumed = self._committed
 
     @property
@@ -322,12 +323,10 @@ def _prepare(
         facts = {"fingerprint": identity, "items_digest": table.digest(), "spec": canonical, "versions": made_with}
         store = create_store(location, spec, ref, table, facts, cluster)
     check_same(store, canonical, table, identity)
-    run = Run(store)
-    commits = store.commits() if retry_failed else []
-    replaced = {int(commit["shard"]): str(commit["writer"]) for commit in commits if commit["failed"]}
-    if replaced:
-        run._count(commit for commit in commits if int(commit["shard"]) not in replaced)
-        run._resumed = run._committed
+    commits = store.commits()
+    failed = [commit for commit in commits if commit["failed"]] if retry_failed else []
+    replaced = {int(commit["shard"]): str(commit["writer"]) for commit in failed}
+    run = Run(store, [commit for commit in commits if int(commit["shard"]) not in replaced])
     layout = store.layout
     made = store.attributes["dfdask"]
     run._work = Work(
