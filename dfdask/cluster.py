@@ -34,6 +34,7 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.daemon": True,
 }
 CONNECT_SECONDS = 10
+CLOSE_SECONDS = 30  # Dask waits 4 s for a worker, and 5 s more for one that it killed
 
 
 class LocalFleet:
@@ -43,7 +44,7 @@ class LocalFleet:
     """
 
     def __init__(self, workers: int | Sequence[WorkerGroup] | None, device: str = "auto") -> None:
-        from distributed import Nanny, Scheduler, SpecCluster
+        from distributed import Scheduler, SpecCluster
 
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             sys.exit(1)  # a worker that imports its program, which would start workers in turn: see below
@@ -54,9 +55,10 @@ class LocalFleet:
             "preload": ["dfdask.quiet"],
         }
         found = gpus(device)
-        self.worker: Mapping[str, Any] = {"cls": _nanny_by_gpu(found), "options": options}
+        nanny = _patient_nanny()
+        self.worker: Mapping[str, Any] = {"cls": _by_gpu(nanny, found), "options": options}
         specification = {
-            name: {"cls": Nanny, "options": {**options, "resources": one.resources, "env": one.environment}}
+            name: {"cls": nanny, "options": {**options, "resources": one.resources, "env": one.environment}}
             for name, one in enumerate(local_workers(workers, found))
         }
         scheduler = {
@@ -86,20 +88,31 @@ class LocalFleet:
         return str(self.cluster.scheduler_address)
 
     def close(self) -> None:
-        self.cluster.close(timeout=10)
+        self.cluster.close(timeout=CLOSE_SECONDS)
 
 
-def _nanny_by_gpu(found: Sequence[Gpu]) -> type[Nanny]:
-    """Nannies whose workers each compute on the GPU that the fewest of them use, but those of class ``cpu``."""
+def _patient_nanny() -> type[Nanny]:
+    """Nannies that take a killed worker for gone: it may take the system long to free what it had on a GPU."""
     from distributed import Nanny
+
+    class PatientNanny(Nanny):
+        async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
+            with suppress(asyncio.TimeoutError):
+                await super().kill(timeout, reason)
+
+    return PatientNanny
+
+
+def _by_gpu(nanny: type[Nanny], found: Sequence[Gpu]) -> type[Nanny]:
+    """Nannies whose workers each compute on the GPU that the fewest of them use, but those of class ``cpu``."""
     from distributed.core import Status
 
     if not found:
-        return Nanny
+        return nanny
     used: WeakKeyDictionary[Nanny, str] = WeakKeyDictionary()
     host = host_share(len(found))
 
-    class NannyByGpu(Nanny):
+    class NannyByGpu(nanny):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             kind, gpu = read_tags(options["resources"]).device_class, None
             if kind != UNKNOWN_CLASS:

@@ -246,9 +246,11 @@ class Run:
         except BaseException as error:
             self._error = error
         finally:
-            cluster.close()
-            self._ended = time.monotonic()
-            self._phase = phase
+            try:
+                cluster.close()
+            finally:  # whoever waits for the end has to see it
+                self._ended = time.monotonic()
+                self._phase = phase
 
     def _recount(self) -> None:
         """By the store: of what was to be replaced some is there still, and not all that was written was told."""

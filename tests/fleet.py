@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("encode", "denoise", "denoise", "decode")  # one `dfdask worker` each
@@ -137,3 +139,32 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
         if time.monotonic() > end:
             raise AssertionError(f"waited {seconds} s for {what}")
         time.sleep(0.02)
+
+
+SEIZE = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+PTRACE_SEIZE = 0x4206
+print(libc.ptrace(PTRACE_SEIZE, int(sys.argv[1]), None, None), ctypes.get_errno(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def lingering(pid: int) -> Iterator[None]:
+    """While it lasts, the process may be killed but does not go: its parent sees nothing until its tracer has.
+
+    So does one whose device memory the system takes long to free.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", SEIZE, str(pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as tracer:
+        assert tracer.stdout is not None
+        said = tracer.stdout.readline().split()
+        try:
+            if said[0] != "0":
+                pytest.skip(f"may not trace processes here: {os.strerror(int(said[1]))}")
+            yield
+        finally:
+            tracer.kill()

@@ -16,8 +16,9 @@ import dask
 import psutil
 import pytest
 from distributed import Client
-from fleet import until
+from fleet import lingering, until
 
+import dfdask
 from dfdask import cluster
 from dfdask.cluster import (
     LocalFleet,
@@ -70,6 +71,22 @@ def _news() -> tuple[str, ...]:
     said = ("Failed to communicate with scheduler during heartbeat.", "Compute Failed")
     records = [logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None) for text in said]
     return tuple(record.getMessage() for record in records if logger.filter(record))
+
+
+def test_a_worker_that_takes_long_to_die_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A GPU's worker was not gone five seconds after SIGKILL; the run waited for ever, below a traceback."""
+    before = set(psutil.Process().children(recursive=True))
+    model = {"fake": {"stages": {"encode": 0.0, "denoise": 1.0, "decode": 0.0}}}
+    run = dfdask.submit(model=model, prompts=["a cat"] * 4, output=f"{tmp_path}/run", workers=1, shard=1, batch=1)
+    until(lambda: run.progress.committed_shards > 0, 60, "the first shard")
+    started = set(psutil.Process().children(recursive=True)) - before
+    (worker,) = [one for one in started if "spawn_main" in str(one.cmdline())]
+    with lingering(worker.pid):
+        run.wait(timeout=60)
+        assert run.progress.phase == "finished"
+        assert worker.status() == psutil.STATUS_ZOMBIE
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    worker.wait(10)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "no address", "http://127.0.0.1:9", "tcp://", "", "a:b"])
