@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("encode", "denoise", "denoise", "decode")  # one `dfdask worker` each
@@ -157,6 +156,8 @@ def lingering(pid: int) -> Iterator[None]:
 
     So does one whose device memory the system takes long to free.
     """
+    import pytest  # benchmarks use this module too
+
     with subprocess.Popen(
         [sys.executable, "-c", SEIZE, str(pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as tracer:

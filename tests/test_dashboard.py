@@ -139,6 +139,14 @@ def test_uses_are_shares_of_the_fleet() -> None:
     history.observe(state(NOW + 1, *now), [])
     (use,) = history.uses.since(0)
     assert use.shares == {"busy": 0.125, "load": 0.125, "blocked": 0.25, "starving": 0.25}
+    assert "<b>25%</b> starving" in cards.headline(history) and "<b>25%</b> idle" in cards.headline(history)
+
+
+def test_without_a_job_the_fleet_is_idle() -> None:
+    history = History()
+    history.observe(state(NOW, worker(0), jobs=()), [])
+    history.observe(state(NOW + 1, worker(0, starving=1.0), jobs=()), [])
+    assert "<b>100%</b> idle" in cards.headline(history) and "starving" not in cards.headline(history)
 
 
 def test_failures_are_kept_once_by_their_message() -> None:
@@ -160,6 +168,7 @@ def test_a_job_that_ended_stays_for_a_while() -> None:
     history.observe(state(NOW + 2, jobs=()), numbered(JobEnded(NOW + 1, "r1", "finished", 100, 98, 3)))
     text = cards.lanes(history, Palette())
     assert "<b>apples</b> finished at" in text and "98 of 100 items" in text and "3 failed" in text
+    assert "3 failed items" in cards.failures(history)
 
 
 def test_roles_as_text() -> None:

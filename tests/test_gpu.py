@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +155,22 @@ def test_out_of_memory_with_one_item_streams_more(capped: int, monkeypatch: pyte
     assert held.weights[0].streamed and torch.isfinite(found).all()
     assert torch.equal(found, run(held, 1))
     assert held.peak_bytes >= 1 << 30 and held.device_seconds > 0
+
+
+def test_a_worker_whose_script_asked_for_gpus_too_early_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "early.py"
+    script.write_text(
+        """
+import os, torch
+from dfdask.stages.model import device_for
+
+if __name__ == "__main__":
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
+    assert device_for("auto") == device_for("cuda") == "cuda"
+    os.environ["CUDA_VISIBLE_DEVICES"] = "GPU-00000000-1111-2222-3333-444444444444"  # as one of another worker
+    device_for("auto")
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert "this worker's GPU is GPU-00000000" in done.stderr and "__main__" in done.stderr

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dfdask.dashboard.history import History
 from dfdask.dashboard.palette import Palette
-from dfdask.dashboard.records import Failure, Mark
+from dfdask.dashboard.records import USES, Failure, Mark
 from dfdask.words import brief, clipped, count, duration, percent, printable, rate, share, size
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ def headline(history: History) -> str:
         facts.append(_fact(size(history.memory_bytes), "of the workers' memory", "memory"))
     uses = history.uses.since(history.uses.count - 10)
     if uses:
-        for name in ("busy", "load", "blocked", "starving"):
-            mean = sum(use.shares[name] for use in uses) / len(uses)
-            if mean >= 0.005 or name in ("busy", "starving"):
+        means = {name: sum(use.shares[name] for use in uses) / len(uses) for name in USES}
+        means["idle"] = 1 - sum(means.values())
+        for name, mean in means.items():
+            if mean >= 0.005 or name == "busy":
                 facts.append(_fact(f"{mean:.0%}", {"load": "loading"}.get(name, name), name))
     return f'<div class="facts">{"".join(facts)}</div>'
 
@@ -164,7 +165,10 @@ def failures(history: History) -> str:
     """The latest failures, newest first, equal ones once."""
     latest: list[Failure] = list(history.failures.values())[::-1][:LINES_SHOWN]
     lost = [mark for mark in history.marks.since(0) if mark.kind == "left"]
-    failed = sum(job.failed_items for job in history.state.jobs) if history.state else 0
+    jobs = history.state.jobs if history.state else ()
+    running = {job.run for job in jobs}
+    failed = sum(job.failed_items for job in jobs)
+    failed += sum(past.failed_items for past in history.ended if past.run not in running)
     title = f"<h2>Failures <span class=quiet>{count(failed, 'failed item')}</span></h2>"
     lines = [
         f'<li data-failure="{_text(one.run)}"><time>{_time(one.when)}</time> <b>{_name(history, one.run)}</b> '

@@ -261,7 +261,7 @@ def use_between(before: ClusterState, after: ClusterState) -> dict[str, float]:
     """Shares of the fleet's time between two looks, by ``USES``.
 
     Seconds of work are booked when a call ends, which may be long after it began: whether a worker is busy
-    is taken from what it runs now.
+    is taken from what it runs now. Without a job nobody starves.
     """
     known = {worker.address: worker for worker in before.workers}
     shares = dict.fromkeys(USES, 0.0)
@@ -273,7 +273,7 @@ def use_between(before: ClusterState, after: ClusterState) -> dict[str, float]:
             shares["busy"] += 1
         elif worker.blocked_seconds > old.blocked_seconds:
             shares["blocked"] += 1
-        elif worker.starving_seconds > old.starving_seconds:
+        elif after.jobs and worker.starving_seconds > old.starving_seconds:
             shares["starving"] += 1
         shares["load"] += (worker.load_seconds - old.load_seconds) / (after.when - before.when)
     shares["load"] = min(max(shares["load"], 0.0), shares["busy"])

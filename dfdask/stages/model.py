@@ -187,19 +187,35 @@ def digest(folder: Path) -> str:
 
 
 def device_for(wanted: str) -> str:
-    """The device that this worker computes on: the worker's own setting wins over the job's."""
+    """The device that this worker computes on: the worker's own setting wins over the job's. Raises ModelError."""
     import torch
 
     chosen = os.environ.get("DFDASK_DEVICE", "auto")
     chosen = wanted if chosen == "auto" else chosen
     if chosen == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"device: cuda is asked for, but this worker has no CUDA GPU (or none for torch {torch.__version__}); "
             "use device: auto"
         )
+    if chosen == "cuda":
+        _check_own_gpu()
     return chosen
+
+
+def _check_own_gpu() -> None:
+    """CUDA reads once which GPUs there are: too early where a script asks for them while a worker imports it."""
+    import torch
+
+    own = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if own.startswith("GPU-") and "," not in own:
+        first = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        if not first.startswith(own):
+            raise ModelError(
+                f"device: this worker's GPU is {own}, but torch was asked for GPUs before the worker was told, and "
+                f"computes on {first}; in your script put what asks torch for GPUs below `if __name__ == '__main__':`"
+            )
 
 
 def _owner(name: str, library: str) -> str | None:
