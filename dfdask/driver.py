@@ -6,6 +6,7 @@ The driver keeps no state that matters: what is done is what the store says.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import queue
 import random
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from dfdask.items import Item
     from dfdask.stages.check import Inspected
 
+logger = logging.getLogger("dfdask")
 POLL_SECONDS = 0.5
 EVENTS_SECONDS = 10.0  # between two looks at what happened on the cluster
 PATIENCE_SECONDS = 60.0  # without a worker for a stage
+SILENCE_SECONDS = 3.0  # of waiting for the first worker
 OTHERS_SECONDS = 5.0  # between two looks at what another process has committed
 LOST_SECONDS = 15.0  # without an answer from the scheduler
 LOAD_BYTES_PER_SECOND = 2e9  # from a warm file to a device
@@ -92,7 +95,7 @@ class Driver:
         self._window = 1
         self._next_event = 0
         self._events_taken = 0.0
-        self._answered = self._covered = time.monotonic()
+        self._answered = self._hopeful = time.monotonic()
         self._polled = 0.0
         self._others_seen: float | None = None  # when it was last looked what other processes have committed
 
@@ -102,9 +105,7 @@ class Driver:
         Raises JobStopped, StorageError (the output cannot be written), ModelError (a worker cannot load its
         stage) or ClusterError (the scheduler is gone, no worker for a stage, a stage that keeps dying).
         """
-        for plugin in scheduler_plugins():
-            self._client.register_plugin(plugin, name=plugin.name)
-        self._client.register_plugin(Preload(imports=self._work.ref.fake is None))
+        equip(self._client, self._work.ref)
         todo = deque(self._work.shards)
         reason = "failed"
         try:
@@ -211,9 +212,9 @@ class Driver:
         self._window = int(state["window"])
         missing = [name for name in self._work.stages if name in state["unserved"] or not state["workers"]]
         state["unserved"] = missing
-        if not missing:
-            self._covered = now
-        elif now - self._covered > PATIENCE_SECONDS:
+        if not missing or state["starting"]:
+            self._hopeful = now
+        elif now - self._hopeful > PATIENCE_SECONDS:
             address = self._client.scheduler.address if self._client.scheduler else "SCHEDULER"
             raise ClusterError(
                 f"no workers for {', '.join(map(self._with_size, missing))} in {PATIENCE_SECONDS:.0f} s; start one "
@@ -297,29 +298,51 @@ class Driver:
             raise JobStopped("stopped on request; everything committed is kept")
 
 
+def equip(client: Client, ref: ModelRef) -> None:
+    """Have the gate on the scheduler, and workers that load before their first task."""
+    for plugin in scheduler_plugins():
+        client.register_plugin(plugin, name=plugin.name)
+    client.register_plugin(Preload(imports=ref.fake is None))
+
+
 def inspect_on_worker(client: Client, ref: ModelRef, samples: list[Item]) -> Inspected:
     """``inspect_model`` on any worker: the client needs neither torch nor the time to import it.
 
-    Raises SpecError, ModelError, and ClusterError where there is no worker.
+    Raises SpecError, ModelError, and ClusterError where there is no worker and none is started.
     """
-    client.register_plugin(Preload())
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
+    equip(client, ref)
+    while True:
+        address = _a_worker(client)
         try:
-            client.wait_for_workers(1, timeout=left)
-            address = next(iter(client.scheduler_info(n_workers=1)["workers"]))
             found: Inspected | DfdaskError = client.run(inspect_here, ref, samples, workers=[address])[address]
-            break
-        except (TimeoutError, StopIteration):
-            continue
         except OSError:  # that worker went away
             time.sleep(POLL_SECONDS)
-    else:
-        address = client.scheduler.address if client.scheduler else "SCHEDULER"
-        raise ClusterError(f"no workers in {PATIENCE_SECONDS:.0f} s; start one with: dfdask worker {address}")
-    if isinstance(found, DfdaskError):
-        raise found
-    return found
+            continue
+        if isinstance(found, DfdaskError):
+            raise found
+        return found
+
+
+def _a_worker(client: Client) -> str:
+    """The address of one, which is waited for. Raises ClusterError."""
+    scheduler: Any = client.scheduler
+    began = hopeful = time.monotonic()
+    silent = True
+    try:
+        while not (workers := client.scheduler_info(n_workers=1)["workers"]):
+            starting, now = client.sync(scheduler.dfdask_want_worker), time.monotonic()
+            if starting:
+                hopeful = now
+            advice = f"start one with: dfdask worker {scheduler.address}"
+            if silent and now - began > SILENCE_SECONDS:
+                silent = False
+                logger.warning("no workers yet; %s", f"{starting} starting" if starting else advice)
+            if now - hopeful > PATIENCE_SECONDS:
+                raise ClusterError(f"no workers in {now - began:.0f} s; {advice}")
+            time.sleep(POLL_SECONDS)
+    except (OSError, TimeoutError):
+        raise _lost() from None
+    return str(next(iter(workers)))
 
 
 def _load_seconds(work: Work, stage: str) -> float:

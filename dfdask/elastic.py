@@ -19,12 +19,14 @@ from functools import partial
 from typing import Any, cast
 
 from distributed.deploy.adaptive import Adaptive
+from distributed.protocol.pickle import dumps
 
 from dfdask.backends import Backend, backend_for, class_resources
 from dfdask.capacity import ways
 from dfdask.errors import SpecError
 from dfdask.fleets import Fleet, WorkerClass
 from dfdask.placement import Option, StageWork
+from dfdask.plugins import scheduler_plugins
 from dfdask.scale_spec import Scale
 from dfdask.scaling import PATIENCE_SECONDS, Decision, Limits, State, decide
 
@@ -136,13 +138,10 @@ class Elastic(Adaptive):
         self._leaving: dict[str, tuple[str, asyncio.Task[None]]] = {}  # by address: its class
         self._tasks: set[asyncio.Task[None]] = set()
         self._going: list[tuple[str, str, str]] = []
-        self._looked = self._paused = self._expecting = 0.0
+        self._looked = self._paused = 0.0
+        self._gate_is_there = False
         self._working_since: float | None = None
         super().__init__(cast(Any, backend), interval=interval, minimum=0, maximum=math.inf)
-
-    def expect(self, seconds: float = 120.0) -> None:
-        """Work is about to come: have one worker for it, if there would be none, for so long."""
-        self._expecting = time.monotonic() + seconds
 
     def stop(self, reason: str = "unknown") -> None:
         super().stop(reason)
@@ -154,6 +153,13 @@ class Elastic(Adaptive):
 
     async def target(self) -> int:
         """Decide, from what the gate says is left."""
+        if not self._gate_is_there:  # no job may have been here yet
+            for plugin in scheduler_plugins():
+                await self.scheduler.register_scheduler_plugin(
+                    plugin=dumps(plugin), name=plugin.name, idempotent=plugin.idempotent
+                )
+            self._gate_is_there = True
+        wanted = await self.scheduler.dfdask_starting(starting=sum(map(self._pending, self._arrivals)))
         answer = await self.scheduler.dfdask_forecast(classes=[kind.name for kind in self.classes])
         now = time.monotonic()
         fleet = await self._look(answer["workers"], now)
@@ -171,7 +177,7 @@ class Elastic(Adaptive):
         decision, self._state = await asyncio.to_thread(
             decide, works, kinds, fleet, limits, self._state, now, self.patience
         )
-        if now < self._expecting and not any(decision.counts.values()) and decision.reason == "idle":
+        if wanted and not any(decision.counts.values()) and decision.reason == "idle":
             able = [kind for kind in self.classes if kind.maximum]
             first = min(able, key=lambda kind: kind.price_per_hour, default=None)
             if first is not None:

@@ -33,7 +33,7 @@ class Progress:
     ``items`` counts the rows of the output; ``committed_items`` those that the store holds, of which
     ``resumed_items`` were there before this process started and ``failed_items`` carry an error.
     ``items_per_second`` and ``eta_seconds`` are None until the first commit of this process. ``unserved`` are stages
-    that no worker may run now.
+    that no worker may run now, ``starting`` the workers that a cluster which follows its work has asked for.
     """
 
     run: str
@@ -52,6 +52,7 @@ class Progress:
     workers: int
     dashboard: str | None
     unserved: tuple[str, ...] = ()
+    starting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

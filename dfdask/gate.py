@@ -84,9 +84,11 @@ class Gate(SchedulerPlugin):
             dfdask_start_job=self.start_job,
             dfdask_end_job=self.end_job,
             dfdask_progress=self.progress,
-            dfdask_state=self.state_of_all,
+            dfdask_state=lambda: asdict(self.state()),
             dfdask_events=self.events_since,
             dfdask_forecast=self.forecast,
+            dfdask_want_worker=lambda: self.ledger.newcomers.want(time.time()),
+            dfdask_starting=lambda starting: self.ledger.newcomers.tell(starting, time.time()),
             dfdask_drain=self.drain,
         )
         for address in scheduler.workers:
@@ -377,6 +379,7 @@ class Gate(SchedulerPlugin):
         return {
             **views.progress(run, self.ledger, self.dispatcher, self.controller),
             "unserved": self._roles.impossible.get(run, ()),
+            "starting": self.ledger.newcomers.starting(time.time()),
             "window": self.flow.window(run),
             "gate_seconds": self.seconds,
         }
@@ -385,9 +388,6 @@ class Gate(SchedulerPlugin):
         """A snapshot of all jobs and workers."""
         forecast = self._roles.forecast_seconds
         return views.cluster_state(time.time(), self.ledger, self.dispatcher, self.controller, forecast, self.seconds)
-
-    def state_of_all(self) -> dict[str, Any]:
-        return asdict(self.state())
 
     def events_since(self, number: int = 0, run: str | None = None) -> dict[str, Any]:
         """Events from ``number`` on as JSON-able data (pictures left out), and the number to ask from next."""

@@ -109,4 +109,3 @@ class JobCluster:
 
         options = {} if self._fleet is None else dict.fromkeys(scale.classes("max"), self._fleet.worker)
         self._elastic = adapt(cluster, classes_of(scale), deadline=scale.deadline, budget=scale.budget, options=options)
-        self._elastic.expect()  # the job is checked on a worker before its work is known

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfdask.events import Event
+from dfdask.newcomers import Newcomers
 
 EVENTS_KEPT = 50_000
 
@@ -96,11 +97,12 @@ class WorkerAccount:
 
 
 class Ledger:
-    """Accounts by run token and by worker address, and events with ever growing numbers."""
+    """Accounts by run token and by worker address, who is to come, and events with ever growing numbers."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, JobAccount] = {}
         self.workers: dict[str, WorkerAccount] = {}
+        self.newcomers = Newcomers()
         self.events: deque[tuple[int, Event]] = deque(maxlen=EVENTS_KEPT)
         self._next = 0
 

@@ -93,6 +93,7 @@ class Run:
         self._stages: tuple[StageProgress, ...] = ()
         self._workers = 0
         self._unserved: tuple[str, ...] = ()
+        self._starting = 0
         self._dashboard: str | None = None
         self._began = time.monotonic()
         self._ended: float | None = None
@@ -148,6 +149,7 @@ class Run:
             workers=self._workers,
             dashboard=self._dashboard,
             unserved=self._unserved,
+            starting=self._starting,
         )
 
     def wait(self, timeout: float | None = None) -> Run:
@@ -279,7 +281,7 @@ class Run:
         if self._work is None:
             return
         self._workers = int(state["workers"])
-        self._unserved = tuple(state["unserved"])
+        self._unserved, self._starting = tuple(state["unserved"]), int(state["starting"])
         self._stages = tuple(
             StageProgress(
                 name=stage,

@@ -117,7 +117,10 @@ def status_line(progress: Progress) -> str:
 
 
 def _waiting(progress: Progress) -> str:
-    return f"no workers for {printable(', '.join(progress.unserved))} yet" if progress.unserved else ""
+    if not progress.unserved:
+        return ""
+    coming = f", {progress.starting:,} starting" if progress.starting else ""
+    return f"no workers for {printable(', '.join(progress.unserved))} yet{coming}"
 
 
 def _stage(stage: StageProgress) -> str:

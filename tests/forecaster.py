@@ -12,22 +12,28 @@ from distributed import Scheduler
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from dfdask.gate import Gate
+from dfdask.newcomers import Newcomers
+
 CLASS = "class:"
 
 
 class Forecaster(SchedulerPlugin):
-    """``seconds`` of an item by stage and class."""
+    """``seconds`` of an item by stage and class. It has the gate's name, so that no gate comes beside it."""
 
-    name = "forecaster"
+    name = Gate.name
 
     def __init__(self, seconds: Mapping[str, Mapping[str, float]]) -> None:
         self.seconds = seconds
         self.drained: list[str] = []
+        self.newcomers = Newcomers()
 
     async def start(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         scheduler.handlers["dfdask_forecast"] = self.forecast
         scheduler.handlers["dfdask_drain"] = self.drain
+        scheduler.handlers["dfdask_want_worker"] = lambda: self.newcomers.want(time.time())
+        scheduler.handlers["dfdask_starting"] = lambda starting: self.newcomers.tell(starting, time.time())
 
     def forecast(self, classes: Sequence[str] = ()) -> dict[str, Any]:
         left: Counter[tuple[str, str]] = Counter()

@@ -108,9 +108,10 @@ def test_a_stage_that_no_worker_runs_is_named(client: Client, tmp_path: Path, mo
 
 
 def test_a_cluster_without_workers_is_named(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(driver, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(driver, "SILENCE_SECONDS", 0.1)
     fleet = LocalFleet([WorkerGroup(count=1)])
     try:
         with Client(fleet.address, set_as_default=False) as client:
@@ -118,6 +119,7 @@ def test_a_cluster_without_workers_is_named(
             client.retire_workers(list(client.scheduler_info()["workers"]), close_workers=True)
             with pytest.raises(ClusterError, match="no workers in .* start one with: dfdask worker tcp://"):
                 submit(job(tmp_path, 4, model=str(tiny("sd"))), client=client)
+            assert "no workers yet; start one with: dfdask worker tcp://" in caplog.text
     finally:
         fleet.close()
     assert not (tmp_path / "run").exists()

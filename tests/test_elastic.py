@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ import pytest
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from fleet import until
 from forecaster import Forecaster
+from tiny_models import ARGUMENTS
 
 import dfdask
+from dfdask import driver, newcomers
 from dfdask import elastic as elastic_module
 from dfdask.cluster import SETTINGS
 from dfdask.elastic import adapt
 from dfdask.errors import ClusterError, SpecError
 from dfdask.fleets import Fleet, Frontier, WorkerClass
 from dfdask.gate import Gate
+from dfdask.words import status_line
 
 SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
 
@@ -146,7 +149,10 @@ def test_a_worker_of_somebody_else_counts_and_is_never_closed(tmp_path: Path) ->
         cluster.sync(guest.close)
 
 
-def test_a_local_cluster_follows_too_and_expects_work_when_told(tmp_path: Path) -> None:
+def test_a_local_cluster_follows_too_and_starts_a_worker_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newcomers, "STALE_SECONDS", 3.0)
     with (
         dask.config.set(SETTINGS),
         LocalCluster(
@@ -158,12 +164,48 @@ def test_a_local_cluster_follows_too_and_expects_work_when_told(tmp_path: Path) 
         ) as cluster,
         Client(cluster) as client,
     ):
-        follower = adapt(cluster, [WorkerClass("cpu", 2, 0, 0.0, 1.0)], interval=0.2, patience=0.2)
-        follower.expect(60.0)
-        until(lambda: by_class(cluster)["cpu"] == 1, 30, "one worker")
+        adapt(cluster, [WorkerClass("cpu", 2, 0, 0.0, 1.0)], interval=0.2, patience=0.2)
+
+        def there() -> bool:
+            client.sync(client.scheduler.dfdask_want_worker)
+            return by_class(cluster)["cpu"] == 1
+
+        until(there, 30, "one worker")
         assert client.gather(submit(client, tmp_path, 10, 0.05)) == list(range(10))
-        follower.expect(0.0)
         until(lambda: not cluster.scheduler_info["workers"], 30, "nobody to be there")
+
+
+def test_a_job_waits_for_workers_that_start(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of dfdask is on the cluster, and its worker takes longer to start than a job waits where none does."""
+    monkeypatch.setattr(driver, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(driver, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(elastic_module, "LOST_SECONDS", 0.5)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(4)\n")
+    options = {"preload": [str(tmp_path / "slow.py")], "silence_logs": "ERROR", "nthreads": 1}
+    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}
+    with (
+        SpecCluster(scheduler={"cls": Scheduler, "options": scheduler}, silence_logs="ERROR") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        adapt(
+            cluster,
+            [WorkerClass("big", 1, 0, 1.0, 1.0)],
+            interval=0.2,
+            patience=1.0,
+            options={"big": {"cls": Nanny, "options": options}},
+        )
+        arguments = {**ARGUMENTS["sd"], "num_inference_steps": 8}
+        job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 40, "arguments": arguments, "shard": 2}
+        run = dfdask.submit(job, output=str(tmp_path / "run"), client=client)
+        assert "no workers yet; 1 starting" in caplog.text
+        until(lambda: run.progress.committed_items > 0, 60, "the first shard")
+        (nanny,) = cluster.workers.values()
+        cluster.sync(nanny.close)  # as if its machine were taken back
+        news = "no workers for encode, denoise, decode yet, 1 starting"
+        until(lambda: news in status_line(run.progress), 30, "the news")
+        assert run.wait(120).progress.committed_items == 40
 
 
 def test_workers_that_cannot_be_started_are_asked_for_again_later(

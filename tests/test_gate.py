@@ -390,6 +390,7 @@ async def test_progress_says_where_the_items_are(client: Client, scheduler: Sche
         "done": {"encode": 6, "decode": 0},
         "roles": {"decode": 2},
         "unserved": (),
+        "starting": 0,
         "window": 3 * WINDOW_BATCHES_PER_WORKER,
         "workers": 3,
     }

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "pure": {
         *("seeds", "batching", "words", "markup", "item_table", "history", "charts"),
         *("cost", "fluid", "capacity", "placement", "blocks", "profit", "dispatch", "controller", "fleets", "scaling"),
-        *("four", "linear", "flow", "ledger", "quarantine", "stragglers", "views"),
+        *("four", "linear", "flow", "ledger", "newcomers", "quarantine", "stragglers", "views"),
     },
     "storage": {
         *("store", "store_check", "store_create", "store_events", "store_layout", "store_objects"),

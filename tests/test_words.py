@@ -85,6 +85,7 @@ def test_stages_without_workers_are_named_while_it_runs() -> None:
     waiting = replace(PROGRESS, phase="running", unserved=("denoise", "decode"))
     for said in (words.status_line(waiting), words.notes(waiting)):
         assert said.endswith("no workers for denoise, decode yet")
+    assert words.notes(replace(waiting, starting=1200)).endswith("no workers for denoise, decode yet, 1,200 starting")
     assert "no workers" not in words.status_line(replace(waiting, phase="failed"))
 
 
