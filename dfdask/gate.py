@@ -30,7 +30,7 @@ from dfdask.placement import Device
 from dfdask.quarantine import Quarantine
 from dfdask.roles import Roles
 from dfdask.stage_tasks import bytes_by_worker, home_of, kind_of, order_of, plain_key, stage_name, stage_wanted
-from dfdask.tags import read_tags, stage_resource
+from dfdask.tags import compute_resource, read_tags, stage_resource
 from dfdask.telemetry import TELEMETRY, Telemetry
 from dfdask.warm_up import WarmUp
 
@@ -321,10 +321,11 @@ class Gate(SchedulerPlugin):
         scheduler, now = self._scheduler, time.time()
         chosen: dict[Any, str] = {}
         for assignment in self.dispatcher.assign(self._holders):
-            self._bind(assignment.key, assignment.worker)
-            chosen[assignment.key] = "processing"
-            self._emptied.discard(assignment.worker)
-            self.ledger.workers[assignment.worker].set_busy(now)
+            key, address = assignment.key, assignment.worker
+            self._bind(key, address, compute_resource(scheduler.workers[address].resources))
+            chosen[key] = "processing"
+            self._emptied.discard(address)
+            self.ledger.workers[address].set_busy(now)
         for worker in self._emptied:
             self.ledger.workers[worker].set_idle(now, self.dispatcher.is_blocked(worker))
         self._emptied.clear()
@@ -332,7 +333,7 @@ class Gate(SchedulerPlugin):
             home = home_of(scheduler, scheduler.tasks[key])
             if home is not None:
                 del self._writes[key]
-                self._bind(key, home)
+                self._bind(key, home, {})
                 chosen[key] = "processing"
         self._warm_up.begin(scheduler)
         self._first_costs.begin(scheduler)
@@ -342,10 +343,9 @@ class Gate(SchedulerPlugin):
             recommendations = dict(reversed(chosen.items()))
             scheduler.transitions(recommendations, stimulus_id=f"dfdask-gate-{now}")
 
-    def _bind(self, key: Any, address: str) -> None:
+    def _bind(self, key: Any, address: str, takes: dict[str, float]) -> None:
         task = self._scheduler.tasks[key]
-        task.resource_restrictions = {}
-        task.worker_restrictions = {address}
+        task.resource_restrictions, task.worker_restrictions = takes, {address}
         self._placed[key] = address
 
     def _holders(self, key: Any) -> Mapping[str, int]:

@@ -2,7 +2,8 @@
 
 ``GPU``: how many, a part of one where workers share it; ``class:<name>``: the class of its device; ``memory``: the
 bytes that components and a batch may take there; ``role:<stage>``: a stage that it runs. Roles that a worker brings
-along bind it to them; on one without any the gate sets them, with the share of its time as the amount.
+along bind it to them; on one without any the gate sets them, with the share of its time as the amount. ``compute``: its
+device, which one stage task has at a time; what is written needs it not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ CLASS = "class:"
 MEMORY = "memory"
 ROLE = "role:"
 STAGE = "stage:"
+COMPUTE = "compute"
 UNKNOWN_CLASS = "cpu"
 
 
@@ -61,6 +63,11 @@ def read_tags(resources: Mapping[str, float]) -> Tags:
 def stage_resource(stage: str) -> dict[str, float]:
     """The resource that tasks of ``stage`` ask for and only the gate can satisfy."""
     return {STAGE + stage: 1}
+
+
+def compute_resource(offered: Mapping[str, float]) -> dict[str, float]:
+    """What a stage task takes of its worker. A write takes nothing: it must not wait until a long stage task ends."""
+    return {COMPUTE: 1} if COMPUTE in offered else {}
 
 
 def task_key(stage: str, run: str, shard: int, index: int, items: int) -> tuple[str, int, int, int]:

@@ -28,7 +28,7 @@ from dfdask.stages.budget import HOST_MEMORY_BYTES, HOST_PART, MEMORY_BYTES, all
 from dfdask.stages.model import ModelRef
 from dfdask.stages.residency import DEVICE_CLASS, held_stage, loaded_here
 from dfdask.store import RunStore
-from dfdask.tags import read_tags
+from dfdask.tags import COMPUTE, read_tags
 from dfdask.targets import Location
 from dfdask.telemetry import TELEMETRY
 from dfdask.warm_up import WARM_UP
@@ -52,7 +52,9 @@ class Preload(WorkerPlugin):
         self._imports = imports
         self.name = "dfdask-preload" if imports else "dfdask-warm-up"  # neither takes the other's place
 
-    def setup(self, worker: Any) -> None:
+    async def setup(self, worker: Any) -> None:
+        if COMPUTE not in worker.state.total_resources:
+            await worker.set_resources(**{COMPUTE: 1})
         if self._imports:
             threading.Thread(target=_import_heavy, daemon=True, name="dfdask-preload").start()
 
