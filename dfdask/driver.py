@@ -105,10 +105,10 @@ class Driver:
         Raises JobStopped, StorageError (the output cannot be written), ModelError (a worker cannot load its
         stage) or ClusterError (the scheduler is gone, no worker for a stage, a stage that keeps dying).
         """
-        equip(self._client, self._work.ref)
         todo = deque(self._work.shards)
         reason = "failed"
         try:
+            equip(self._client, self._work.ref)
             self._announce()
             self._poll()
             self._submit(todo)

@@ -43,7 +43,9 @@ def print_history(console: Console, store: RunStore, history: History) -> None:
         return
     moves = sum(len(decision.moves) for decision in history.decisions)
     facts = [count(len(history.decisions), "decision"), count(moves, "move"), count(len(history.workers), "worker")]
-    console.print(f"{name}: {', '.join(facts)} in {duration(history.seconds)}", style="bold", markup=False)
+    starts = len(history.of_kind("JobStarted"))
+    pauses = f", {count(starts, 'start')} and the time between them included" if starts > 1 else ""
+    console.print(f"{name}: {', '.join(facts)} in {duration(history.seconds)}{pauses}", style="bold", markup=False)
     if history.decisions:
         console.print(_decisions(history))
         console.print(

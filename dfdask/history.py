@@ -28,7 +28,8 @@ class Move:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Roles that changed together. Seconds that were left: by prediction if nothing had changed (``stay_seconds``) and
-    with the change (``predicted_seconds``), and those that it took until the run ended (later decisions included).
+    with the change (``predicted_seconds``), and those that it took until the run was finished (later decisions
+    included), which is not known where it was stopped first and went on later.
 
     Items of the last stage per second in the time before and after, up to the next decision or half a minute.
     """
@@ -104,17 +105,17 @@ class History:
         times = [float(event["when"]) for event in told]
         starts = [one.start for one in work]
         began = min(times + starts, default=0.0)
-        ends = [float(event["when"]) for event in told if event["event"] == "JobEnded"]
+        ends = [event for event in told if event["event"] == "JobEnded"]
         ended = max(times, default=0.0)
         order = _order(work, stages)
         return cls(
             events=tuple(told),
             began=began,
             ended=ended,
-            job_ended=max(ends, default=None),
+            job_ended=float(ends[-1]["when"]) if ends else None,
             workers=_workers(told, work),
             work=tuple(work),
-            decisions=_decisions(told, work, order, began, ended, max(ends, default=None)),
+            decisions=_decisions(told, work, order, began, ended, ends),
             stages=tuple(_sum(stage, [one for one in work if one.stage == stage]) for stage in order),
         )
 
@@ -126,7 +127,7 @@ class History:
         return self.ended - self.began
 
     def presence(self) -> dict[str, list[tuple[float, float]]]:
-        """When each worker was there: from joining (or its first work) to leaving (or the end)."""
+        """When each worker was there: from joining (or its first work) to leaving, or the end of its last job."""
         came: dict[str, float] = {}
         there: dict[str, list[tuple[float, float]]] = {worker: [] for worker in self.workers}
         for event in self.of_kind("WorkerJoined", "WorkerLeft"):
@@ -136,9 +137,13 @@ class History:
             elif worker in there:
                 there[worker].append((came.pop(worker, self.began), when))
         first = {one.worker: one.start for one in reversed(self.work)}
+        last = {one.worker: one.when for one in self.work}
+        ends = [float(event["when"]) for event in self.of_kind("JobEnded")]
         for worker, spans in there.items():
             if worker in came or not spans:
-                spans.append((came.get(worker, first.get(worker, self.began)), self.ended))
+                start = came.get(worker, first.get(worker, self.began))
+                seen = max(start, last.get(worker, start))
+                spans.append((start, next((end for end in ends if end >= seen), self.ended)))
         return there
 
     def rates(self, stage: str, bins: int) -> list[float]:
@@ -227,7 +232,7 @@ def _decisions(
     stages: Sequence[str],
     began: float,
     ended: float,
-    job_ended: float | None,
+    ends: Sequence[Event],
 ) -> tuple[Decision, ...]:
     groups: list[list[Event]] = []
     for event in events:
@@ -245,6 +250,7 @@ def _decisions(
     found = []
     for place, group in enumerate(groups):
         when = times[place]
+        end: Event = next((end for end in ends if float(end["when"]) >= when), {})
         before = max(times[place - 1] if place else began, when - _RATE_SECONDS)
         after = min(times[place + 1] if place + 1 < len(times) else ended, when + _RATE_SECONDS)
         found.append(
@@ -256,7 +262,7 @@ def _decisions(
                 # Who did nothing before could not have stayed with it.
                 stay_seconds=_number(group[0].get("stay_seconds")) if any(e.get("before") for e in group) else None,
                 predicted_seconds=_number(group[0].get("predicted_seconds")),
-                actual_seconds=None if job_ended is None else max(job_ended - when, 0.0),
+                actual_seconds=float(end["when"]) - when if end.get("reason") == "finished" else None,
                 rate_before=_rate(finished, before, when),
                 rate_after=_rate(finished, when, after),
             )

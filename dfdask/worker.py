@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ class Preload(WorkerPlugin):
 
     async def setup(self, worker: Any) -> None:
         if COMPUTE not in worker.state.total_resources:
-            await worker.set_resources(**{COMPUTE: 1})
+            with suppress(OSError):  # the scheduler is gone: whoever has work for this worker sees that too
+                await worker.set_resources(**{COMPUTE: 1})
         if self._imports:
             threading.Thread(target=_import_heavy, daemon=True, name="dfdask-preload").start()
 

@@ -145,3 +145,20 @@ def test_texts_from_outside_do_not_become_markup() -> None:
 def test_ticks(axis: Axis, ticks: list[float]) -> None:
     assert axis.ticks() == pytest.approx(ticks)
     assert axis.px(axis.low) == pytest.approx(0) and axis.px(axis.high) == pytest.approx(100)
+
+
+def test_a_run_that_was_stopped_and_went_on_is_told_start_by_start() -> None:
+    later = 1000.0
+    first = [{**event, "reason": "stopped"} if event["event"] == "JobEnded" else event for event in told(seconds=100.0)]
+    second = [
+        {**event, **{name: event[name] + later for name in ("when", "start") if name in event}}
+        | ({"worker": f"{event['worker']}1"} if "worker" in event else {})
+        for event in told(seconds=100.0)
+    ]
+    history = History.of([*first, *second], STAGES)
+    halves = [[one for one in history.decisions if (one.when > BEGAN + later) == late] for late in (False, True)]
+    assert all(one.actual_seconds is None for one in halves[0]), "its end never came"
+    assert all(0 < one.actual_seconds <= 100 for one in halves[1] if one.actual_seconds is not None) and halves[1]
+    presence = history.presence()
+    assert presence["tcp://10.0.0.0:4000"] == [(BEGAN, BEGAN + 100)], "the first start's workers ended with it"
+    assert presence["tcp://10.0.0.0:40001"] == [(BEGAN + later, BEGAN + later + 100)]
