@@ -34,7 +34,6 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.daemon": True,
 }
 CONNECT_SECONDS = 10
-THREADS = 2  # one for stages, one for what is written meanwhile
 CLOSE_SECONDS = 30  # Dask waits 4 s for a worker, and 5 s more for one that it killed
 
 
@@ -50,7 +49,7 @@ class LocalFleet:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             sys.exit(1)  # a worker that imports its program, which would start workers in turn: see below
         options: dict[str, Any] = {
-            "nthreads": THREADS,
+            "nthreads": 1,
             "memory_limit": 0,
             "silence_logs": "ERROR",
             "preload": ["dfdask.quiet"],
@@ -184,7 +183,7 @@ def run_worker(
         nannies = [
             Nanny(
                 address,
-                nthreads=THREADS,
+                nthreads=1,
                 memory_limit=0,
                 resources=one.resources,
                 env={"DFDASK_DEVICE": device, **one.environment},

@@ -281,17 +281,6 @@ def test_an_item_that_kills_its_workers_costs_one_row(tmp_path: Path) -> None:
     assert sum(event["event"] == "WorkerLeft" for event in events) == 3, "one death for each kill"
 
 
-def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path) -> None:
-    """On a GPU a finished shard waited for the end of the next call, 40 s later, and Ctrl-C lost it."""
-    spec = fake(tmp_path, items=5, fields={"stages": {"generate": 1.0}}, batch=1, shard=1, workers=1)
-    run = submit(spec).wait(60)
-    calls = [event for event in read_events(Objects(run.location)) if event["event"] == "TaskDone"]
-    ends = sorted(call["start"] + call["seconds"] for call in calls)
-    written = sorted(commit["written"] for commit in run.store.commits())
-    for shard in range(4):
-        assert ends[shard] <= written[shard] < ends[shard + 1]
-
-
 def test_an_address_is_no_client() -> None:
     with pytest.raises(SpecError, match=r"client: must be a distributed.Client, got 'tcp://x:1'; .* `scheduler`"):
         submit(model={"fake": {}}, prompts=["a"], client="tcp://x:1")  # type: ignore[arg-type]
