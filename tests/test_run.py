@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, LocalCluster
 from fleet import ROOT, family, until
 from tiny_models import ARGUMENTS, SIZE, monolithic
 
@@ -279,6 +279,20 @@ def test_an_item_that_kills_its_workers_costs_one_row(tmp_path: Path) -> None:
     (found,) = [event for event in events if event["event"] == "ItemQuarantined"]
     assert (found["item"], found["stage"], found["kills"]) == (5, "denoise", 3)
     assert sum(event["event"] == "WorkerLeft" for event in events) == 3, "one death for each kill"
+
+
+def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path) -> None:
+    """With one thread it waits for the end of the next call. Stages have only one thread, however many there are."""
+    cluster = LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0", silence_logs="ERROR")
+    with cluster, Client(cluster, set_as_default=False) as client:
+        spec = fake(tmp_path, items=5, fields={"stages": {"generate": 1.0}}, batch=1, shard=1)
+        run = submit(spec, client=client).wait(60)
+    calls = [event for event in read_events(Objects(run.location)) if event["event"] == "TaskDone"]
+    starts, ends = sorted(call["start"] for call in calls), sorted(call["start"] + call["seconds"] for call in calls)
+    written = sorted(commit["written"] for commit in run.store.commits())
+    for shard in range(4):
+        assert ends[shard] <= written[shard] < ends[shard + 1]
+        assert ends[shard] <= starts[shard + 1] + 0.01, "one stage task at a time"
 
 
 def test_an_address_is_no_client() -> None:

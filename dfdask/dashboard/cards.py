@@ -14,7 +14,7 @@ from dfdask.dashboard.records import USES, Failure, Mark
 from dfdask.words import brief, clipped, count, duration, percent, printable, rate, share, size
 
 if TYPE_CHECKING:
-    from dfdask.events import JobState, StageState
+    from dfdask.events import JobEnded, JobState, StageState
 
 JOBS_SHOWN = 8
 LINES_SHOWN = 8
@@ -50,7 +50,7 @@ def lanes(history: History, palette: Palette) -> str:
     if state is None:
         return ""
     jobs = sorted(state.jobs, key=lambda job: (-job.priority, job.started))
-    ended = [past for past in reversed(history.ended) if past.run not in {job.run for job in jobs}]
+    ended = _ended(history)[::-1]
     if not jobs and not ended:
         return '<p class="quiet">No job is running. Start one with <code>dfdask run JOB.yaml</code>.</p>'
     rows = ["".join(_job(job, history, palette) for job in jobs[:JOBS_SHOWN])]
@@ -165,10 +165,8 @@ def failures(history: History) -> str:
     """The latest failures, newest first, equal ones once."""
     latest: list[Failure] = list(history.failures.values())[::-1][:LINES_SHOWN]
     lost = [mark for mark in history.marks.since(0) if mark.kind == "left"]
-    jobs = history.state.jobs if history.state else ()
-    running = {job.run for job in jobs}
-    failed = sum(job.failed_items for job in jobs)
-    failed += sum(past.failed_items for past in history.ended if past.run not in running)
+    failed = sum(job.failed_items for job in history.state.jobs) if history.state else 0
+    failed += sum(past.failed_items for past in _ended(history))
     title = f"<h2>Failures <span class=quiet>{count(failed, 'failed item')}</span></h2>"
     lines = [
         f'<li data-failure="{_text(one.run)}"><time>{_time(one.when)}</time> <b>{_name(history, one.run)}</b> '
@@ -214,6 +212,12 @@ def _mark(mark: Mark, history: History) -> str:
         f'<li data-mark="{mark.kind}"><time>{_time(mark.when)}</time> <b>{_text(history.label(mark.worker))}</b> '
         f"{_text(clipped(mark.text, 240))}</li>"
     )
+
+
+def _ended(history: History) -> list[JobEnded]:
+    """The jobs that ended of late and did not begin again, oldest first."""
+    running = {job.run for job in history.state.jobs} if history.state else set()
+    return [past for past in history.ended if past.run not in running]
 
 
 def _fact(value: str, unit: str, name: str) -> str:
