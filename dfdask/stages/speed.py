@@ -52,7 +52,10 @@ def apply(speed: Speed, pipeline: Any, strict: bool) -> None:
         if not isinstance(part, torch.nn.Module):
             continue
         if speed.attention:
-            _try("attention", name, part, "set_attention_backend", speed.attention)
+            from diffusers.models.attention_dispatch import attention_backend
+
+            with attention_backend():  # it would become that of all pipelines in this process
+                _try("attention", name, part, "set_attention_backend", speed.attention)
         if speed.first_block_cache is not None:
             from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 

@@ -38,6 +38,17 @@ def test_an_attention_backend_makes_nearly_the_same(tiny: Tiny) -> None:
     assert np.abs(plain - other).max() <= 2
 
 
+def test_an_attention_backend_is_that_of_its_job_alone(tiny: Tiny) -> None:
+    """Later jobs on the same worker, and strict ones, would compute otherwise than without it."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()
+    (plain,), (other,) = pictures(tiny("flux"), {}), pictures(tiny("flux"), {"attention": "_native_math"})
+    assert _AttentionBackendRegistry.get_active_backend() == before
+    (again,) = pictures(tiny("flux"), {})
+    assert (again == plain).all() and np.abs(plain - other).max() <= 2
+
+
 def test_a_cache_forgets_between_calls(tiny: Tiny) -> None:
     (plain,) = pictures(tiny("flux"), {})
     first, second = pictures(tiny("flux"), {"first_block_cache": 0.9}, calls=2)
