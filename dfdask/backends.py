@@ -77,8 +77,15 @@ class Backend:
         """
         raise NotImplementedError
 
+    def dead(self, name: str) -> list[str]:
+        """Of those planned who has ended by itself, as far as the cluster knows; most are seen to be lost anyway."""
+        return []
+
     async def lost(self, name: str, workers: Sequence[str], present: set[str]) -> None:
-        """These were there and are gone. By default the cluster itself replaces them."""
+        """These were there and are gone. By default the cluster itself replaces them.
+
+        Where it does not, they are not ``planned`` any more before this first gives way to others.
+        """
 
 
 class SpecBackend(Backend):
@@ -91,6 +98,7 @@ class SpecBackend(Backend):
         self._numbers = itertools.count()
         self._models = {name: self._model(options.get(name, {})) for name in classes}
         self._class: dict[Any, str] = {}
+        self._starting: set[Any] = set()
         for key, spec in cluster.worker_spec.items():
             tagged = [name for name in classes if CLASS + name in str(spec.get("options", {}))]
             if tagged or len(classes) == 1:
@@ -114,20 +122,38 @@ class SpecBackend(Backend):
     def planned(self, name: str) -> int:
         return sum(kind == name for key, kind in self._class.items() if key in self.cluster.worker_spec)
 
+    def dead(self, name: str) -> list[str]:
+        processes = {
+            key: self.cluster.workers.get(key)
+            for key, kind in self._class.items()
+            if kind == name and key in self.cluster.worker_spec and key not in self._starting
+        }
+        # Dask drops the process of a worker that it has missed for a while, and keeps its specification.
+        return [
+            self._worker_name(key)
+            for key, process in processes.items()
+            if process is None or process.status in (Status.closed, Status.failed)
+        ]
+
     async def start(self, name: str, count: int) -> None:
+        keys = set()
         for _ in range(count):
             key = next(k for k in (f"{name}-{n}" for n in self._numbers) if k not in self.cluster.worker_spec)
             spec = self._spec(name, key)
             if spec is None:
                 logger.warning("no host is left for another worker of class %s", name)
-                return
+                break
             self._class[key] = name
             self.cluster.worker_spec[key] = spec
+            keys.add(key)
+        self._starting |= keys
         try:
             await asyncio.shield(self.cluster._correct_state())
         except Exception:
             await self._forget_failed()
             raise
+        finally:
+            self._starting -= keys
 
     async def stop(self, name: str, workers: Sequence[str], pending: int, present: set[str]) -> None:
         keys = [key for key in self._class if self._worker_name(key) in set(workers)]
@@ -141,13 +167,14 @@ class SpecBackend(Backend):
 
     async def lost(self, name: str, workers: Sequence[str], present: set[str]) -> None:
         # Dask would wait for the same name; what took its place at the cloud or queue is a new worker anyway.
+        processes = []
         for key in [key for key in self._class if self._worker_name(key) in set(workers)]:
             self.cluster.worker_spec.pop(key, None)
             del self._class[key]
-            process = self.cluster.workers.pop(key, None)
-            if process is not None:
-                with suppress(Exception):  # it is gone, and some complain that they cannot end it
-                    await process.close()
+            processes.append(self.cluster.workers.pop(key, None))
+        for process in filter(None, processes):
+            with suppress(Exception):  # it is gone, and some complain that they cannot end it
+                await process.close()
 
     def _worker_name(self, key: Any) -> str:
         """As the scheduler knows it: machines of dask-cloudprovider choose their own."""

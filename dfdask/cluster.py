@@ -33,6 +33,7 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.scheduler.no-workers-timeout": None,
     "distributed.worker.daemon": True,
 }
+THREADS = 2  # of a worker: one for stages, one for shards that are written meanwhile
 CONNECT_SECONDS = 10
 CLOSE_SECONDS = 30  # Dask waits 4 s for a worker, and 5 s more for one that it killed
 
@@ -49,7 +50,7 @@ class LocalFleet:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             sys.exit(1)  # a worker that imports its program, which would start workers in turn: see below
         options: dict[str, Any] = {
-            "nthreads": 1,
+            "nthreads": THREADS,
             "memory_limit": 0,
             "silence_logs": "ERROR",
             "preload": ["dfdask.quiet"],
@@ -183,7 +184,7 @@ def run_worker(
         nannies = [
             Nanny(
                 address,
-                nthreads=1,
+                nthreads=THREADS,
                 memory_limit=0,
                 resources=one.resources,
                 env={"DFDASK_DEVICE": device, **one.environment},

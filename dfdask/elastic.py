@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -149,6 +149,10 @@ class Elastic(Adaptive):
             for _, task in list(self._leaving.values()):
                 self.loop.add_callback(task.cancel)
 
+    @property
+    def _ended(self) -> bool:
+        return bool(self.state == "stopped")
+
     # -- what Adaptive asks
 
     async def target(self) -> int:
@@ -159,7 +163,6 @@ class Elastic(Adaptive):
                     plugin=dumps(plugin), name=plugin.name, idempotent=plugin.idempotent
                 )
             self._gate_is_there = True
-        wanted = await self.scheduler.dfdask_starting(starting=sum(map(self._pending, self._arrivals)))
         answer = await self.scheduler.dfdask_forecast(classes=[kind.name for kind in self.classes])
         now = time.monotonic()
         fleet = await self._look(answer["workers"], now)
@@ -177,11 +180,13 @@ class Elastic(Adaptive):
         decision, self._state = await asyncio.to_thread(
             decide, works, kinds, fleet, limits, self._state, now, self.patience
         )
-        if wanted and not any(decision.counts.values()) and decision.reason == "idle":
+        if answer["wanted"] and not any(decision.counts.values()) and decision.reason == "idle":
             able = [kind for kind in self.classes if kind.maximum]
             first = min(able, key=lambda kind: kind.price_per_hour, default=None)
             if first is not None:
                 decision = replace(decision, counts={**decision.counts, first.name: 1})
+        coming = sum(max(count - fleet.ready[kind], 0) for kind, count in decision.counts.items())
+        await self.scheduler.dfdask_starting(starting=coming)
         if self.decision is None or decision.counts != self.decision.counts:
             self.decisions.append((time.time(), decision))
             logger.info("%s", decision.explain())
@@ -189,6 +194,8 @@ class Elastic(Adaptive):
         return sum(decision.counts.values())
 
     async def recommendations(self, target: int) -> dict[str, Any]:
+        if self._ended:  # while the target was found: a cluster that closes would start what nobody ends
+            return {"status": "same"}
         if self._missing() and time.monotonic() >= self._paused:
             return {"status": "up", "n": target}
         names = await self.workers_to_close(target)
@@ -206,15 +213,19 @@ class Elastic(Adaptive):
 
     async def scale_up(self, n: Any) -> None:
         for kind, count in self._missing().items():
-            # Starting may take minutes; looking goes on meanwhile.
-            task = asyncio.create_task(self._start_workers(kind, count))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._meanwhile(self._start_workers(kind, count))
         await asyncio.sleep(0)  # all are asked for before anyone counts again
+
+    def _meanwhile(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Starting and ending machines may take minutes; looking goes on."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _start_workers(self, kind: str, count: int) -> None:
         try:
-            await self.backend.start(kind, count)
+            if not self._ended:
+                await self.backend.start(kind, count)
         except Exception as error:
             self._paused = time.monotonic() + RETRY_SECONDS
             logger.warning("could not start %d workers of class %s: %s", count, kind, error)
@@ -258,10 +269,12 @@ class Elastic(Adaptive):
             self.spent += hours * kind_.price_per_hour * self.backend.planned(name)
             arrivals.arrived((entry["name"] for entry in own[name].values()), now)
             leaving = {entry["name"] for address, entry in own[name].items() if address in self._leaving}
-            lost = [worker for worker in arrivals.lost(now) if worker not in leaving and self.backend.owner(worker)]
+            gone = {*arrivals.lost(now), *self.backend.dead(name)} - {entry["name"] for entry in own[name].values()}
+            lost = sorted(worker for worker in gone - leaving if self.backend.owner(worker))
             if lost:
                 logger.info("lost %s", ", ".join(lost))
-                await self.backend.lost(name, lost, self._present())
+                self._meanwhile(self.backend.lost(name, lost, self._present()))
+                await asyncio.sleep(0)  # they are not planned any more
             ready[name] = sum(address not in self._leaving for address in own[name])
             starting[name] = arrivals.delays(self._pending(name), now)
         return Fleet(ready, starting, others)

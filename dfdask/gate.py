@@ -394,7 +394,7 @@ class Gate(SchedulerPlugin):
         return {"events": self.ledger.told_since(number, run), "next": self.ledger.next_number}
 
     def forecast(self, classes: Sequence[str] = ()) -> dict[str, Any]:
-        return views.forecast(self.ledger, self.dispatcher, self.controller, classes)
+        return views.forecast(time.time(), self.ledger, self.dispatcher, self.controller, classes)
 
     def _save_costs(self) -> None:
         save_costs(self.controller.costs.to_json())

@@ -18,10 +18,12 @@ class Newcomers:
         self._wanted_at = now
         return self.starting(now)
 
-    def tell(self, starting: int, now: float) -> bool:
-        """So many are asked for and not there. Returns whether one is wanted."""
-        self._starting, self._told_at = starting, now
+    def wanted(self, now: float) -> bool:
         return now - self._wanted_at < STALE_SECONDS
+
+    def tell(self, starting: int, now: float) -> None:
+        """So many are asked for and not there."""
+        self._starting, self._told_at = starting, now
 
     def starting(self, now: float) -> int:
         return self._starting if now - self._told_at < STALE_SECONDS else 0

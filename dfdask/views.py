@@ -81,9 +81,11 @@ def cluster_state(
     return ClusterState(now, jobs, workers, gate_seconds)
 
 
-def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller, classes: Sequence[str]) -> dict[str, Any]:
+def forecast(
+    now: float, ledger: Ledger, dispatcher: Dispatcher, controller: Controller, classes: Sequence[str]
+) -> dict[str, Any]:
     """What is left to do, and which workers have nothing to do; what it takes by device class, ``classes`` of which
-    there are no workers among them where that is known.
+    there are no workers among them where that is known. ``wanted``: a job waits for a first worker.
     """
     return {
         "works": [
@@ -116,6 +118,7 @@ def forecast(ledger: Ledger, dispatcher: Dispatcher, controller: Controller, cla
             for address, account in ledger.workers.items()
         },
         "jobs": len(ledger.jobs),
+        "wanted": ledger.newcomers.wanted(now),
     }
 
 

@@ -55,7 +55,8 @@ class Forecaster(SchedulerPlugin):
                 "idle": not held,
                 "held_tasks": held,
             }
-        return {"works": works, "workers": workers, "jobs": len({work["job"] for work in works})}
+        jobs, wanted = len({work["job"] for work in works}), self.newcomers.wanted(time.time())
+        return {"works": works, "workers": workers, "jobs": jobs, "wanted": wanted}
 
     async def drain(self, workers: list[str], timeout: float) -> list[str]:
         end = time.monotonic() + timeout

@@ -49,7 +49,7 @@ def test_workers_have_the_roles_of_their_groups_and_end_with_the_fleet() -> None
             workers = client.scheduler_info()["workers"].values()
             roles = sorted(sorted(worker["resources"]) for worker in workers)
             assert roles == [[], ["role:decode", "role:encode"], ["role:decode", "role:encode"]]
-            assert {worker["nthreads"] for worker in workers} == {1}
+            assert {worker["nthreads"] for worker in workers} == {2}
             assert {worker["memory_limit"] for worker in workers} == {0}
             processes = client.run(os.getpid)
             assert len(set(processes.values()) - {os.getpid()}) == 3

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask
 import pytest
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed.core import Status
 from fleet import until
 from forecaster import Forecaster
 from tiny_models import ARGUMENTS
@@ -27,6 +30,7 @@ from dfdask.elastic import adapt
 from dfdask.errors import ClusterError, SpecError
 from dfdask.fleets import Fleet, Frontier, WorkerClass
 from dfdask.gate import Gate
+from dfdask.scaling import decide
 from dfdask.words import status_line
 
 SECONDS = {"denoise": {"big": 0.2, "small": 0.4}}
@@ -149,6 +153,52 @@ def test_a_worker_of_somebody_else_counts_and_is_never_closed(tmp_path: Path) ->
         cluster.sync(guest.close)
 
 
+def test_nothing_is_started_on_a_cluster_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may close while the next target is found, and what it has to stop is then missing by that target."""
+    deciding, closing = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        decided = decide(*arguments)
+        deciding.set()
+        closing.wait(30)
+        return decided
+
+    with spec_cluster() as cluster:
+        adapt(cluster, [WorkerClass("big", 1, 1, 0.0)], interval=0.2)
+        until(lambda: by_class(cluster)["big"] == 1, 30, "its worker")
+        with monkeypatch.context() as patch:
+            patch.setattr(elastic_module, "decide", slowly)
+            until(deciding.is_set, 30, "a decision")
+            cluster.scale(0)
+            cluster.sync(cluster._correct_state)
+            cluster._adaptive.stop()
+            closing.set()
+            time.sleep(1)
+        assert not cluster.worker_spec
+
+
+def test_a_lost_machine_that_is_slow_to_end_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic_module, "LOST_SECONDS", 0.5)
+    ended = threading.Event()
+
+    class Slow(Nanny):
+        async def close(self, *arguments: Any, **options: Any) -> Literal["OK"]:
+            if self.status == Status.closed:  # asked for a second time, when it is known to be lost
+                await asyncio.to_thread(ended.wait, 30)
+            return await super().close(*arguments, **options)
+
+    options = {"nthreads": 1, "memory_limit": 0, "silence_logs": "ERROR", "dashboard": False}
+    with spec_cluster() as cluster, Client(cluster):
+        adapt(
+            cluster, [WorkerClass("big", 1, 1, 0.0)], interval=0.2, options={"big": {"cls": Slow, "options": options}}
+        )
+        until(lambda: cluster.workers and by_class(cluster)["big"] == 1, 30, "its worker")
+        (first,) = cluster.worker_spec
+        cluster.sync(next(iter(cluster.workers.values())).close)
+        until(lambda: by_class(cluster)["big"] == 1 and first not in cluster.worker_spec, 20, "another one")
+        ended.set()
+
+
 def test_a_local_cluster_follows_too_and_starts_a_worker_that_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,15 +247,15 @@ def test_a_job_waits_for_workers_that_start(
             options={"big": {"cls": Nanny, "options": options}},
         )
         arguments = {**ARGUMENTS["sd"], "num_inference_steps": 8}
-        job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 40, "arguments": arguments, "shard": 2}
+        job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 24, "arguments": arguments, "shard": 2}
         run = dfdask.submit(job, output=str(tmp_path / "run"), client=client)
         assert "no workers yet; 1 starting" in caplog.text
         until(lambda: run.progress.committed_items > 0, 60, "the first shard")
         (nanny,) = cluster.workers.values()
-        cluster.sync(nanny.close)  # as if its machine were taken back
+        cluster.loop.add_callback(nanny.close)  # as if its machine were taken back
         news = "no workers for encode, denoise, decode yet, 1 starting"
         until(lambda: news in status_line(run.progress), 30, "the news")
-        assert run.wait(120).progress.committed_items == 40
+        assert run.wait(120).progress.committed_items == 24
 
 
 def test_workers_that_cannot_be_started_are_asked_for_again_later(

@@ -52,7 +52,7 @@ class Books:
         return views.cluster_state(now, self.ledger, self.dispatcher, self.controller, {"r1": 77.0}, 0.5)
 
     def forecast(self, *classes: str) -> dict[str, Any]:
-        return views.forecast(self.ledger, self.dispatcher, self.controller, classes)
+        return views.forecast(0.0, self.ledger, self.dispatcher, self.controller, classes)
 
 
 @pytest.fixture
