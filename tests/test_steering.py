@@ -10,6 +10,7 @@ import pytest
 from distributed import Client
 from fleet import until
 
+from dfdask import cluster
 from dfdask.errors import ClusterError, DfdaskError
 from dfdask.events import ShardCommitted
 from dfdask.run import Run, open_run, submit
@@ -83,7 +84,10 @@ def test_failed_items_are_done_again_once_the_cause_is_mended(client: Client, tm
     assert again.retry_failed().wait(timeout=60).progress.resumed_items == 60, "nothing has failed, nothing is done"
 
 
-def test_a_retry_takes_nothing_back_before_it_has_something_better(client: Client, tmp_path: Path) -> None:
+def test_a_retry_takes_nothing_back_before_it_has_something_better(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
     fields = job(tmp_path, fail=["item-5", "item-33"], stages={"encode": 0.0, "denoise": 0.2, "decode": 0.0})
     submit(**fields, client=client).wait(timeout=60)
     before = commits(tmp_path)
