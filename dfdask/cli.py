@@ -138,9 +138,7 @@ def plan(job: Path, workers: str | None, prompts: Path | None, limit: int | None
 
 @main.command(epilog=_RUN_HELP)
 @click.argument("run")
-@click.option(
-    "--watch", "watching", is_flag=True, help="Stay until the run is complete; Ctrl-C leaves, the job goes on."
-)
+@click.option("--watch", "watching", is_flag=True, help="Stay until the run has ended; Ctrl-C leaves, the job goes on.")
 @click.option("--scheduler", metavar="ADDRESS", help="With --watch: show the stages on this cluster too.")
 @click.option("--plain", is_flag=True, help="With --watch: lines instead of the live view, as for logs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with --watch one a line, for programs.")
@@ -148,24 +146,24 @@ def status(run: str, watching: bool, scheduler: str | None, plain: bool, as_json
     """How far RUN is, from its store alone: no cluster is asked unless you name one."""
     from dfdask.summary import status_of
 
-    store = _store(run)
+    store, seen = _store(run), None
     if watching:
         from dfdask.progress import watch
         from dfdask.watch import states
 
         console = _console()
-        watch(states(store, scheduler), console, _look(console, plain, as_json))
+        seen = watch(states(store, scheduler), console, _look(console, plain, as_json))
     elif scheduler or plain:
         raise click.UsageError("--scheduler and --plain go with --watch.")
     found = status_of(store)
-    if as_json and watching:
-        return
-    if as_json:
+    if as_json and not watching:
         click.echo(json.dumps(found.as_dict(), ensure_ascii=False))
-        return
-    from dfdask.progress import print_rows
+    elif not as_json:
+        from dfdask.progress import print_rows
 
-    print_rows(_console(), found.rows())
+        print_rows(_console(), found.rows())
+    if seen is not None and seen.phase in ("stopped", "failed"):
+        sys.exit(1)
 
 
 @main.command(epilog=_RUN_HELP)

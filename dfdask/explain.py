@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,8 @@ def print_history(console: Console, store: RunStore, history: History) -> None:
     if history.decisions:
         console.print(_decisions(history))
         console.print(
-            "left: seconds until the end if nothing had changed > by prediction with the change > as it came (later "
-            "decisions included). Nobody ran the first, so gains are against an estimate.",
+            "What is left without a change is an estimate, for nobody ran it, and so are gains; as it came includes "
+            "later decisions.",
             style="dim",
         )
     else:
@@ -68,10 +69,9 @@ def moved(decision: Decision) -> list[str]:
     return [f"{count(number, 'worker')}: {printable(old)} → {printable(new)}" for (old, new), number in changes.items()]
 
 
-def left(decision: Decision) -> str:
-    """``4 min 05 s > 3 min 20 s > 3 min 31 s``, ``?`` for what is not known."""
-    numbers = (decision.stay_seconds, decision.predicted_seconds, decision.actual_seconds)
-    return " > ".join("?" if number is None else duration(number) for number in numbers)
+def why(decision: Decision) -> str:
+    """What led to it, and which kind of roles was found best: ``encode of run is done (whole models)``."""
+    return printable(decision.reason) + (f" ({decision.policy})" if decision.policy not in ("", "none") else "")
 
 
 def gain(seconds: float | None) -> str:
@@ -103,29 +103,33 @@ def _decisions(history: History) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("at", justify="right", no_wrap=True)
-    table.add_column("why", ratio=2, overflow="fold")
-    table.add_column("who moved", ratio=3, overflow="fold")
-    table.add_column("left", no_wrap=True)
-    table.add_column("gain", no_wrap=True)
-    table.add_column("items/s", no_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
     for decision in history.decisions:
-        why = printable(f"{decision.reason} ({decision.policy})" if decision.policy else decision.reason)
-        gains = f"{gain(decision.predicted_gain_seconds)} > {gain(decision.actual_gain_seconds)}"
-        speeds = [
-            "?" if speed is None else rate(speed).removesuffix(" items/s")
-            for speed in (decision.rate_before, decision.rate_after)
-        ]
-        table.add_row(
-            duration(decision.when - history.began),
-            Text(why),
-            Text("\n".join(moved(decision))),
-            left(decision),
-            gains,
-            " > ".join(speeds),
+        told = Text("\n").join(
+            [Text(why(decision), style="bold"), *map(Text, moved(decision)), *map(Text, _outcome(decision))]
         )
+        table.add_row(duration(decision.when - history.began), told)
     return table
+
+
+def _outcome(decision: Decision) -> list[str]:
+    """What is known of the time that was left, what the change brought and the speed, a line each."""
+    left = _known(
+        (decision.stay_seconds, duration, "without it"),
+        (decision.predicted_seconds, duration, "predicted"),
+        (decision.actual_seconds, duration, "as it came"),
+    )
+    gained = _known(
+        (decision.predicted_gain_seconds, gain, "predicted"), (decision.actual_gain_seconds, gain, "as it came")
+    )
+    speed = _known((decision.rate_before, rate, "before"), (decision.rate_after, rate, "after"))
+    return [f"{what}: {known}" for what, known in (("left", left), ("gain", gained), ("speed", speed)) if known]
+
+
+def _known(*figures: tuple[float | None, Callable[[float], str], str]) -> str:
+    return ", ".join(f"{write(value)} {word}" for value, write, word in figures if value is not None)
 
 
 def _stages(history: History) -> RenderableType:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dfdask import __version__, charts
 from dfdask.charts import text
-from dfdask.explain import NO_EVENTS, gain, moved, remark
+from dfdask.explain import NO_EVENTS, gain, moved, remark, why
 from dfdask.history import Decision, History
 from dfdask.summary import RunStatus
 from dfdask.words import count, duration, percent, rate, size
@@ -213,7 +213,7 @@ def _decision(decision: Decision, history: History) -> str:
     speeds = (decision.rate_before, decision.rate_after)
     cells = (
         text(duration(decision.when - history.began)),
-        text(f"{decision.reason} ({decision.policy})" if decision.policy else decision.reason),
+        text(why(decision)),
         "<br>".join(text(line) for line in moved(decision)),
         *("?" if seconds is None else text(duration(seconds)) for seconds in times),
         text(gain(decision.actual_gain_seconds)),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dfdask.errors import RunNotFoundError, StorageError
 from dfdask.store_check import Damage, check_columns, check_shard
 from dfdask.store_create import ROOT_KEY, create_run
-from dfdask.store_events import event_log, read_events
+from dfdask.store_events import event_log, last_end, read_events
 from dfdask.store_layout import (
     FAILED,
     OK,
@@ -265,6 +265,13 @@ class RunStore:
         Objects that cannot be read are left out with a warning. Raises StorageError.
         """
         return read_events(self._objects)
+
+    def last_end(self) -> dict[str, Any] | None:
+        """The JobEnded event of the newest client's job; None while it goes on, or where none could say so.
+
+        Raises StorageError.
+        """
+        return last_end(self._objects)
 
     @property
     def _objects(self) -> Objects:

@@ -171,6 +171,19 @@ def read_events(objects: Objects) -> list[Event]:
     return sorted(told, key=lambda event: float(event["when"]))
 
 
+def last_end(objects: Objects) -> Event | None:
+    """The JobEnded of the session that began last; None: it goes on, was killed, or is not known of.
+
+    Raises StorageError.
+    """
+    with storage_errors(f"cannot list the events of {objects.location}"):
+        newest = max(filter(_KEY.fullmatch, objects.listing(FOLDER)), default=None)
+    events = _reader(objects)(newest) if newest else None
+    said = [event for event in events or () if event["event"] in ("JobStarted", "JobEnded")]
+    last = max(said, key=lambda event: float(event["when"]), default=None)
+    return last if last and last["event"] == "JobEnded" else None
+
+
 def is_event(key: str) -> bool:
     """Whether the object of a run belongs to its events, and not to its data."""
     return key.startswith(f"{FOLDER}/")

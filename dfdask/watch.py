@@ -10,10 +10,11 @@ from typing import Any
 from dfdask.errors import ClusterError
 from dfdask.events import Phase, Progress, StageProgress
 from dfdask.store import RunStore
-from dfdask.words import duration
+from dfdask.words import ENDED, duration
 
 POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0  # between looks at the store
+AGAIN_SECONDS = 30.0  # a run that was stopped is watched for so long: it may be about to go on
 RATE_SECONDS = 120.0  # the speed is that of the commits of so long
 _TIMEOUT_SECONDS = 5.0
 
@@ -25,12 +26,15 @@ class StoreWatch:
         self._store = store
         self._commits: dict[int, tuple[int, int, float]] = {}  # items, failed items, time of writing
         self._looked = 0.0
+        self._end: Mapping[str, Any] | None = None
 
     def progress(self, now: float) -> tuple[Progress, str]:
         """A snapshot, and when the last commit was. Raises StorageError."""
         if now - self._looked >= STORE_SECONDS:
             self._looked = now
-            for shard in self._store.committed() - self._commits.keys():
+            new = self._store.committed() - self._commits.keys()
+            self._end = None if new else self._store.last_end()
+            for shard in new:
                 if record := self._store.commit(shard):
                     items = int(record["stop"]) - int(record["start"])
                     self._commits[shard] = items, int(record["failed"]), float(record.get("written", 0.0))
@@ -41,6 +45,8 @@ class StoreWatch:
         done = sum(items for items, _, _ in self._commits.values())
         complete = len(self._commits) == layout.shards
         phase: Phase = "finished" if complete else "running"
+        if self._end and not complete:
+            phase = "stopped" if self._end["reason"] == "stopped" else "failed"
         times = sorted((written, items) for items, _, written in self._commits.values() if written)
         rate = None if complete else _rate(times, now)
         return Progress(
@@ -65,7 +71,8 @@ class StoreWatch:
         if not self._commits:
             return "nothing is committed yet"
         last = max(written for _, _, written in self._commits.values())
-        return f"last commit {duration(max(now - last, 0.0))} ago"
+        ago = f"last commit {duration(max(now - last, 0.0))} ago"
+        return f"{ago}; the same command goes on" if self._end else ago
 
 
 def _rate(times: list[tuple[float, int]], now: float) -> float | None:
@@ -78,7 +85,8 @@ def _rate(times: list[tuple[float, int]], now: float) -> float | None:
 
 
 def states(store: RunStore, scheduler: str | None) -> Iterator[tuple[Progress, str]]:
-    """The run every second until it is complete; with its stages where ``scheduler`` works on it.
+    """The run every second until it is complete, or was stopped and does not go on soon; with its stages where
+    ``scheduler`` works on it.
 
     Raises StorageError, ClusterError.
     """
@@ -88,15 +96,18 @@ def states(store: RunStore, scheduler: str | None) -> Iterator[tuple[Progress, s
 
         cluster_state(scheduler)  # raises where there is none
         token = token_for(store.attributes["dfdask"]["fingerprint"], f"{store.location.root}/{store.location.name}")
+    ended_at = None
     while True:
         progress, remark = watched.progress(time.time())
+        ended_at = (ended_at or time.monotonic()) if progress.phase in ENDED else None
         if scheduler and progress.phase != "finished":
             try:
                 progress, remark = joined(progress, remark, cluster_state(scheduler), token)
             except ClusterError:
                 remark = "the scheduler does not answer"
         yield progress, remark
-        if progress.phase == "finished":
+        waited = time.monotonic() - ended_at if ended_at else 0.0
+        if progress.phase == "finished" or waited > AGAIN_SECONDS:
             return
         time.sleep(POLL_SECONDS)
 

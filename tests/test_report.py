@@ -74,16 +74,16 @@ def test_explain(store: RunStore) -> None:
         "2 decisions, 8 moves, 6 workers in 5 min 00 s",
         "encode is slower (shares)",
         "2 workers: denoise → encode 75%",
-        "3 min 20 s > 2 min 20 s > 2 min 30 s",
-        "+1 min 00 s > +50 s",
-        "? > 4 min 50 s > 5 min 00 s",
+        "left: 3 min 20 s without it, 2 min 20 s predicted, 2 min 30 s as it came",
+        "gain: +1 min 00 s predicted, +50 s as it came",
+        "left: 4 min 50 s predicted, 5 min 00 s as it came",
         "item 17 was given up in denoise",
         "10.0.0.5:4000 left, its 2 tasks went elsewhere",
     ):
         assert part in text, text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["denoise"][1:3] == ["439", "1,756"]
-    assert explained(store, width=60)
+    assert max(map(len, explained(store, width=60).splitlines())) <= 60
 
 
 def test_explain_says_so_where_there_is_nothing(store: RunStore) -> None:

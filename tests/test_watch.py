@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dfdask.errors import ClusterError
 from dfdask.notebook import Fleet
 from dfdask.run import submit
 from dfdask.store import FAILED, OK, RunStore
+from dfdask.store_events import EventLog
+from dfdask.store_objects import Objects
 from dfdask.targets import Location
 from dfdask.watch import StoreWatch, cluster_state, joined, states
 
@@ -69,6 +72,36 @@ def test_a_complete_run_is_not_watched(local: Location) -> None:
     for shard in range(3):
         commit(store, shard, 1.0)
     assert [progress.phase for progress, _ in states(store, None)] == ["finished"]
+
+
+def test_a_run_that_was_stopped_is_watched_until_it_would_have_gone_on(
+    local: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfdask.watch.STORE_SECONDS", 0.0)
+    monkeypatch.setattr("dfdask.watch.POLL_SECONDS", 0.05)
+    store, times = new_run(local), itertools.count(1.0)
+
+    def tell(client: EventLog, kind: str, **fields: Any) -> None:
+        client.append([{"event": kind, "when": next(times), "run": "r", **fields}])
+
+    first = EventLog(Objects(store.location))
+    tell(first, "JobStarted")
+    commit(store, 0, 1.0)
+    watched = states(store, None)
+    assert next(watched)[0].phase == next(watched)[0].phase == "running"
+    tell(first, "JobEnded", reason="stopped")
+    progress, remark = next(watched)
+    assert (progress.phase, remark.endswith("ago; the same command goes on")) == ("stopped", True)
+    time.sleep(1.1)  # who began last is known to the second
+    again = EventLog(Objects(store.location))
+    tell(again, "JobStarted")
+    assert next(watched)[0].phase == "running"
+    tell(again, "JobEnded", reason="failed")
+    assert next(watched)[0].phase == "failed"
+    monkeypatch.setattr("dfdask.watch.AGAIN_SECONDS", 0.0)
+    assert not list(watched)
+    result = CliRunner().invoke(main, ["status", str(store.location.path), "--watch", "--plain"])
+    assert result.exit_code == 1 and "failed: 3 of" in result.output, result.output
 
 
 STATE: dict[str, Any] = {
