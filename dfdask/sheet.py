@@ -7,6 +7,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -26,6 +27,10 @@ _READERS = 4
 _READ_BYTES = 32_000_000
 _MAX_CHARACTERS = 500  # more than any tile has room for; prompts may be novels
 _CAPTION_LINES = 2
+_OTHER_FONTS = (  # of systems and their packages, for scripts that Pillow's font lacks; most scripts first
+    *("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "PingFang.ttc"),
+    *("msyh.ttc", "malgun.ttf", "Nirmala.ttf", "segoeui.ttf", "arial.ttf", "LiberationSans-Regular.ttf"),
+)
 _PAGE, _INK, _FAINT, _TILE, _FAILED = "#ffffff", "#1f2328", "#6e7781", "#f3f4f6", "#e5e7eb"
 
 
@@ -127,7 +132,8 @@ def _drawn(tiles: list[Tile], title: str, facts: str) -> Image.Image:
 
     columns = _columns(len(tiles))
     lines = -(-len(tiles) // columns)
-    captions = [_wrapped(_caption(tile), _font(13), _THUMB_PX, _CAPTION_LINES) for tile in tiles]
+    written = [_caption(tile) for tile in tiles]
+    captions = [_wrapped(text, font, _THUMB_PX, _CAPTION_LINES) for text, font in written]
     cell_height = _THUMB_PX + 8 + max(map(len, captions)) * _LINE_PX
     width = max(2 * _MARGIN_PX + columns * (_THUMB_PX + _GAP_PX) - _GAP_PX, 420)
     height = 2 * _MARGIN_PX + _TITLE_PX + lines * (cell_height + _GAP_PX) - _GAP_PX
@@ -136,13 +142,13 @@ def _drawn(tiles: list[Tile], title: str, facts: str) -> Image.Image:
     room = width - 2 * _MARGIN_PX
     draw.text((_MARGIN_PX, _MARGIN_PX - 6), _fitted(title, _font(22), room), fill=_INK, font=_font(22))
     draw.text((_MARGIN_PX, _MARGIN_PX + 24), _fitted(facts, _font(14), room), fill=_FAINT, font=_font(14))
-    for place, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+    for place, (tile, caption, (_, font)) in enumerate(zip(tiles, captions, written, strict=True)):
         line, column = divmod(place, columns)
         left = _MARGIN_PX + column * (_THUMB_PX + _GAP_PX)
         top = _MARGIN_PX + _TITLE_PX + line * (cell_height + _GAP_PX)
         _draw_tile(sheet, draw, tile, (left, top))
         for number, text in enumerate(caption):
-            draw.text((left, top + _THUMB_PX + 6 + number * _LINE_PX), text, fill=_INK, font=_font(13))
+            draw.text((left, top + _THUMB_PX + 6 + number * _LINE_PX), text, fill=_INK, font=font)
     return sheet
 
 
@@ -188,8 +194,30 @@ def _font(size_px: int) -> Any:
     return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
-def _caption(tile: Tile) -> str:
-    return _readable(tile.caption) or f"item {tile.row}"
+@lru_cache
+def _other_fonts(size_px: int) -> tuple[Any, ...]:
+    from PIL import ImageFont
+
+    found = []
+    for name in _OTHER_FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size_px))
+    return tuple(found)
+
+
+def _caption(tile: Tile) -> tuple[str, Any]:
+    """What is written below it, and in which font: another one where that has all of it and Pillow's has not."""
+    whole, readable = " ".join(tile.caption.split())[:_MAX_CHARACTERS], _readable(tile.caption)
+    if not all(map(_drawable, whole.replace(" ", ""))):
+        for font in _other_fonts(13):
+            if all(_has(font, character) for character in set(whole) - {" "}):
+                return whole, font
+    return readable or f"item {tile.row}", _font(13)
+
+
+@lru_cache(maxsize=16384)
+def _has(font: Any, character: str) -> bool:
+    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
 def _readable(text: str) -> str:
@@ -201,10 +229,8 @@ def _readable(text: str) -> str:
 def _drawable(character: str) -> str:
     if unicodedata.category(character) == "Pd":
         return "-"
-    font = _font(13)
-    missing = bytes(font.getmask("\uffff"))
     forms = (character, unicodedata.normalize("NFKD", character))
-    kept = ("".join(part for part in form if bytes(font.getmask(part)) != missing) for form in forms)
+    kept = ("".join(part for part in form if _has(_font(13), part)) for form in forms)
     return next(filter(None, kept), "")
 
 

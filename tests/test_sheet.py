@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from stored import TEXT, columns, everything, new_run, put
 
+from dfdask import sheet as sheet_module
 from dfdask.errors import StorageError
 from dfdask.sheet import contact_sheet, write_sheet
 from dfdask.store import FAILED, OK, Layout, RunStore
@@ -160,6 +161,7 @@ CAPTIONS = [
     "nul \x00 and \x1b[31mcolour",
     "two words " * 1000,
     "W" * 5000,
+    "кот в шляпе " * 50,
     "i" * 5000,
     "é" * 400 + " ünïcödé — “naïve”",
     "\u0301" * 300,
@@ -201,6 +203,7 @@ def drawn_texts(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_is_written(local: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sheet_module, "_other_fonts", lambda size_px: ())
     prompts = ["a red apple on a wooden table", "猫", "crème brûlée – déjà vu", "a   b\nc", "no " * 40, "🐈 cat"]
     store = plain_run(local, 6, failed={3: "ValueError: no\nluck"}, prompts=prompts)
     assert drawn_texts(store, monkeypatch) == [
@@ -237,3 +240,13 @@ def test_it_is_stored_in_the_run(location: Location) -> None:
         assert image.format == "PNG"
         assert middles(image.convert("RGB")) == [colour(row) for row in range(3)]
     assert store.dataset().sizes["item"] == 3 and store.verify() == []
+
+
+def test_scripts_that_pillows_font_lacks(local: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = plain_run(local, 2, prompts=["кот", "\U0001f3af кот"])
+    monkeypatch.setattr(sheet_module, "_other_fonts", lambda size_px: ())
+    assert drawn_texts(store, monkeypatch)[-2:] == ["item 0", "item 1"]
+    monkeypatch.undo()
+    if not any(sheet_module._has(font, letter) for font in sheet_module._other_fonts(13) for letter in "кот"):
+        pytest.skip("no font of this system has Cyrillic letters")
+    assert drawn_texts(store, monkeypatch)[-2] == "кот"
