@@ -82,10 +82,7 @@ class Backend:
         return []
 
     async def lost(self, name: str, workers: Sequence[str], present: set[str]) -> None:
-        """These were there and are gone. By default the cluster itself replaces them.
-
-        Where it does not, they are not ``planned`` any more before this first gives way to others.
-        """
+        """These were there and are gone. By default the cluster itself replaces them."""
 
 
 class SpecBackend(Backend):
@@ -98,7 +95,6 @@ class SpecBackend(Backend):
         self._numbers = itertools.count()
         self._models = {name: self._model(options.get(name, {})) for name in classes}
         self._class: dict[Any, str] = {}
-        self._starting: set[Any] = set()
         for key, spec in cluster.worker_spec.items():
             tagged = [name for name in classes if CLASS + name in str(spec.get("options", {}))]
             if tagged or len(classes) == 1:
@@ -123,20 +119,18 @@ class SpecBackend(Backend):
         return sum(kind == name for key, kind in self._class.items() if key in self.cluster.worker_spec)
 
     def dead(self, name: str) -> list[str]:
-        processes = {
-            key: self.cluster.workers.get(key)
-            for key, kind in self._class.items()
-            if kind == name and key in self.cluster.worker_spec and key not in self._starting
-        }
-        # Dask drops the process of a worker that it has missed for a while, and keeps its specification.
-        return [
-            self._worker_name(key)
-            for key, process in processes.items()
-            if process is None or process.status in (Status.closed, Status.failed)
-        ]
+        cluster = self.cluster
+        # Dask drops the process of a worker that it has missed for a while, and keeps its specification. One that is
+        # being started has no process yet either.
+        starting = cluster._correct_state_waiting is not None or cluster._lock.locked()
+        gone = []
+        for key in (key for key, kind in self._class.items() if kind == name and key in cluster.worker_spec):
+            process = cluster.workers.get(key)
+            if process.status in (Status.closed, Status.failed) if process is not None else not starting:
+                gone.append(self._worker_name(key))
+        return gone
 
     async def start(self, name: str, count: int) -> None:
-        keys = set()
         for _ in range(count):
             key = next(k for k in (f"{name}-{n}" for n in self._numbers) if k not in self.cluster.worker_spec)
             spec = self._spec(name, key)
@@ -145,15 +139,11 @@ class SpecBackend(Backend):
                 break
             self._class[key] = name
             self.cluster.worker_spec[key] = spec
-            keys.add(key)
-        self._starting |= keys
         try:
             await asyncio.shield(self.cluster._correct_state())
         except Exception:
             await self._forget_failed()
             raise
-        finally:
-            self._starting -= keys
 
     async def stop(self, name: str, workers: Sequence[str], pending: int, present: set[str]) -> None:
         keys = [key for key in self._class if self._worker_name(key) in set(workers)]
@@ -167,14 +157,12 @@ class SpecBackend(Backend):
 
     async def lost(self, name: str, workers: Sequence[str], present: set[str]) -> None:
         # Dask would wait for the same name; what took its place at the cloud or queue is a new worker anyway.
-        processes = []
         for key in [key for key in self._class if self._worker_name(key) in set(workers)]:
             self.cluster.worker_spec.pop(key, None)
             del self._class[key]
-            processes.append(self.cluster.workers.pop(key, None))
-        for process in filter(None, processes):
-            with suppress(Exception):  # it is gone, and some complain that they cannot end it
-                await process.close()
+            process = self.cluster.workers.pop(key, None)
+            if process is not None:  # a machine may take minutes to end: the cluster waits for that when it closes
+                self.cluster._futures.add(asyncio.ensure_future(_end(process)))
 
     def _worker_name(self, key: Any) -> str:
         """As the scheduler knows it: machines of dask-cloudprovider choose their own."""
@@ -187,6 +175,7 @@ class SpecBackend(Backend):
                 self.cluster.worker_spec.pop(key, None)
                 self._class.pop(key, None)
                 self.cluster.workers.pop(key, None)
+                self.cluster._created.discard(worker)  # which Dask would take for one that it cannot end
 
     def _spec(self, name: str, key: str) -> dict[str, Any] | None:
         """The model with the tags of its class, put where this kind of worker takes them; None: no host is free."""
@@ -217,6 +206,11 @@ class SpecBackend(Backend):
         hosts = self.options.get(name, {}).get("hosts") or [self._models[name]["options"]["address"]]
         used = Counter(spec["options"].get("address") for spec in self.cluster.worker_spec.values())
         return next((host for host in hosts if used[host] < hosts.count(host)), None)
+
+
+async def _end(process: Any) -> None:
+    with suppress(Exception):  # it is gone, and some complain that they cannot end it
+        await process.close()
 
 
 class KubernetesBackend(Backend):

@@ -162,7 +162,7 @@ def status(run: str, watching: bool, scheduler: str | None, plain: bool, as_json
         from dfdask.progress import print_rows
 
         print_rows(_console(), found.rows())
-    if seen is not None and seen.phase in ("stopped", "failed"):
+    if seen is not None and (seen.phase in ("stopped", "failed") or 0 < seen.items == seen.failed_items):
         sys.exit(1)
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -135,10 +135,11 @@ class Elastic(Adaptive):
         self._state = State()
         self._arrivals = {kind.name: _Arrivals(kind.startup_seconds) for kind in classes}
         self._workers: dict[str, dict[str, dict[str, Any]]] = {}  # by class and address: those that are ours
-        self._leaving: dict[str, tuple[str, asyncio.Task[None]]] = {}  # by address: its class
+        self._leaving: dict[str, tuple[str, str, asyncio.Task[None]]] = {}  # by address: its class and name
         self._tasks: set[asyncio.Task[None]] = set()
         self._going: list[tuple[str, str, str]] = []
         self._looked = self._paused = 0.0
+        self._short = dict.fromkeys(self._arrivals, False)  # whose last start did not bring all that were asked for
         self._gate_is_there = False
         self._working_since: float | None = None
         super().__init__(cast(Any, backend), interval=interval, minimum=0, maximum=math.inf)
@@ -146,7 +147,7 @@ class Elastic(Adaptive):
     def stop(self, reason: str = "unknown") -> None:
         super().stop(reason)
         with suppress(RuntimeError):  # the loop is closed already
-            for _, task in list(self._leaving.values()):
+            for *_, task in list(self._leaving.values()):
                 self.loop.add_callback(task.cancel)
 
     @property
@@ -185,8 +186,7 @@ class Elastic(Adaptive):
             first = min(able, key=lambda kind: kind.price_per_hour, default=None)
             if first is not None:
                 decision = replace(decision, counts={**decision.counts, first.name: 1})
-        coming = sum(max(count - fleet.ready[kind], 0) for kind, count in decision.counts.items())
-        await self.scheduler.dfdask_starting(starting=coming)
+        await self.scheduler.dfdask_starting(starting=sum(self._coming(decision.counts, fleet).values()))
         if self.decision is None or decision.counts != self.decision.counts:
             self.decisions.append((time.time(), decision))
             logger.info("%s", decision.explain())
@@ -213,20 +213,21 @@ class Elastic(Adaptive):
 
     async def scale_up(self, n: Any) -> None:
         for kind, count in self._missing().items():
-            self._meanwhile(self._start_workers(kind, count))
+            # Starting may take minutes; looking goes on meanwhile.
+            task = asyncio.create_task(self._start_workers(kind, count))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         await asyncio.sleep(0)  # all are asked for before anyone counts again
 
-    def _meanwhile(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Starting and ending machines may take minutes; looking goes on."""
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _start_workers(self, kind: str, count: int) -> None:
+        if self._ended:
+            return
+        wanted = self.backend.planned(kind) + count
         try:
-            if not self._ended:
-                await self.backend.start(kind, count)
+            await self.backend.start(kind, count)
+            self._short[kind] = self.backend.planned(kind) < wanted
         except Exception as error:
+            self._short[kind] = True
             self._paused = time.monotonic() + RETRY_SECONDS
             logger.warning("could not start %d workers of class %s: %s", count, kind, error)
 
@@ -238,7 +239,7 @@ class Elastic(Adaptive):
                 await self.backend.stop(kind, [], pending, present)
         for kind, address, name in self._going:
             task = asyncio.create_task(self._leave(kind, address, name))
-            self._leaving[address] = kind, task
+            self._leaving[address] = kind, name, task
             task.add_done_callback(partial(self._left, address))
         self._going = []
 
@@ -268,13 +269,14 @@ class Elastic(Adaptive):
             name, arrivals = kind_.name, self._arrivals[kind_.name]
             self.spent += hours * kind_.price_per_hour * self.backend.planned(name)
             arrivals.arrived((entry["name"] for entry in own[name].values()), now)
-            leaving = {entry["name"] for address, entry in own[name].items() if address in self._leaving}
-            gone = {*arrivals.lost(now), *self.backend.dead(name)} - {entry["name"] for entry in own[name].values()}
-            lost = sorted(worker for worker in gone - leaving if self.backend.owner(worker))
+            known = {entry["name"] for entry in own[name].values()} | {
+                worker for _, worker, _ in self._leaving.values()
+            }
+            gone = {*arrivals.lost(now), *self.backend.dead(name)} - known
+            lost = sorted(worker for worker in gone if self.backend.owner(worker))
             if lost:
                 logger.info("lost %s", ", ".join(lost))
-                self._meanwhile(self.backend.lost(name, lost, self._present()))
-                await asyncio.sleep(0)  # they are not planned any more
+                await self.backend.lost(name, lost, self._present())
             ready[name] = sum(address not in self._leaving for address in own[name])
             starting[name] = arrivals.delays(self._pending(name), now)
         return Fleet(ready, starting, others)
@@ -287,7 +289,14 @@ class Elastic(Adaptive):
         return max(self.backend.planned(kind) - len(self._workers.get(kind, ())), 0)
 
     def _staying(self, kind: str) -> int:
-        return self.backend.planned(kind) - sum(leaving == kind for leaving, _ in self._leaving.values())
+        return self.backend.planned(kind) - sum(leaving == kind for leaving, *_ in self._leaving.values())
+
+    def _coming(self, counts: Mapping[str, int], fleet: Fleet) -> dict[str, int]:
+        """How many more will be there. Where the last start failed, what is wanted says nothing of that."""
+        return {
+            kind: self._pending(kind) if self._short[kind] else max(count - fleet.ready[kind], 0)
+            for kind, count in counts.items()
+        }
 
     def _missing(self) -> dict[str, int]:
         counts = self.decision.counts if self.decision else {}
@@ -312,7 +321,7 @@ class Elastic(Adaptive):
                 break  # it died; nothing to hand over
             await asyncio.sleep(self._look_seconds)
         self._arrivals[kind].seen.pop(name, None)
-        _, task = self._leaving.pop(address)
+        *_, task = self._leaving.pop(address)
         self._tasks.add(task)  # from here on the backend does not count it either
         await self.backend.stop(kind, [name], 0, self._present() - {name})
 

@@ -75,7 +75,7 @@ def follow(job: Job, console: Console, look: Look, again: str = SAME_COMMAND) ->
 
 
 def watch(states: Iterator[tuple[Progress, str]], console: Console, look: Look) -> Progress | None:
-    """Show ``states``, each with a remark, as they come; return the last. Ctrl-C leaves, the job goes on."""
+    """Show ``states``, each with a remark, as they come; return the last. Ctrl-C leaves, and there is none."""
     view = _VIEWS[look](console)
     last: Progress | None = None
     with view.shown():
@@ -83,7 +83,7 @@ def watch(states: Iterator[tuple[Progress, str]], console: Console, look: Look) 
             for last, remark in states:  # noqa: B007
                 view.update(last, remark)
         except KeyboardInterrupt:
-            return last
+            return None
     return last
 
 

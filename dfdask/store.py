@@ -267,7 +267,7 @@ class RunStore:
         return read_events(self._objects)
 
     def last_end(self) -> dict[str, Any] | None:
-        """The JobEnded event of the newest client's job; None while it goes on, or where none could say so.
+        """The JobEnded event that no start of this run came after; None while it goes on, or where none was told.
 
         Raises StorageError.
         """

@@ -172,15 +172,17 @@ def read_events(objects: Objects) -> list[Event]:
 
 
 def last_end(objects: Objects) -> Event | None:
-    """The JobEnded of the session that began last; None: it goes on, was killed, or is not known of.
+    """The JobEnded that nobody has started after; None: it goes on, was killed, or is not known of.
 
     Raises StorageError.
     """
     with storage_errors(f"cannot list the events of {objects.location}"):
-        newest = max(filter(_KEY.fullmatch, objects.listing(FOLDER)), default=None)
-    events = _reader(objects)(newest) if newest else None
-    said = [event for event in events or () if event["event"] in ("JobStarted", "JobEnded")]
-    last = max(said, key=lambda event: float(event["when"]), default=None)
+        keys = sorted(filter(_KEY.fullmatch, objects.listing(FOLDER)))
+    newest = {found[1]: key for key in keys if (found := _KEY.fullmatch(key))}  # of each session
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = pool.map(_reader(objects), newest.values())
+        told = [event for part in parts for event in part or () if event["event"] in ("JobStarted", "JobEnded")]
+    last = max(told, key=lambda event: float(event["when"]), default=None)
     return last if last and last["event"] == "JobEnded" else None
 
 

@@ -26,14 +26,17 @@ class StoreWatch:
         self._store = store
         self._commits: dict[int, tuple[int, int, float]] = {}  # items, failed items, time of writing
         self._looked = 0.0
+        self._quiet = True  # nothing was new at the last look
         self._end: Mapping[str, Any] | None = None
 
     def progress(self, now: float) -> tuple[Progress, str]:
         """A snapshot, and when the last commit was. Raises StorageError."""
         if now - self._looked >= STORE_SECONDS:
             self._looked = now
+            end = self._store.last_end() if self._quiet else None  # asked first: what was committed before is seen
             new = self._store.committed() - self._commits.keys()
-            self._end = None if new else self._store.last_end()
+            self._quiet = not new
+            self._end = end if self._quiet else None
             for shard in new:
                 if record := self._store.commit(shard):
                     items = int(record["stop"]) - int(record["start"])
@@ -45,7 +48,7 @@ class StoreWatch:
         done = sum(items for items, _, _ in self._commits.values())
         complete = len(self._commits) == layout.shards
         phase: Phase = "finished" if complete else "running"
-        if self._end and not complete:
+        if self._end and not complete and self._end["reason"] != "finished":
             phase = "stopped" if self._end["reason"] == "stopped" else "failed"
         times = sorted((written, items) for items, _, written in self._commits.values() if written)
         rate = None if complete else _rate(times, now)
@@ -99,12 +102,12 @@ def states(store: RunStore, scheduler: str | None) -> Iterator[tuple[Progress, s
     ended_at = None
     while True:
         progress, remark = watched.progress(time.time())
-        ended_at = (ended_at or time.monotonic()) if progress.phase in ENDED else None
         if scheduler and progress.phase != "finished":
             try:
                 progress, remark = joined(progress, remark, cluster_state(scheduler), token)
             except ClusterError:
                 remark = "the scheduler does not answer"
+        ended_at = (ended_at or time.monotonic()) if progress.phase in ENDED else None
         yield progress, remark
         waited = time.monotonic() - ended_at if ended_at else 0.0
         if progress.phase == "finished" or waited > AGAIN_SECONDS:
@@ -126,6 +129,7 @@ def joined(progress: Progress, remark: str, state: Mapping[str, Any], token: str
     forecast = job["forecast_seconds"]
     return replace(
         progress,
+        phase="running",
         stages=stages,
         workers=len(state["workers"]),
         elapsed_seconds=max(state["when"] - job["started"], 0.0),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from distributed import get_worker, secede
@@ -44,6 +45,8 @@ THUMBNAILS = 4
 THUMBNAIL_PIXELS = 96
 
 _importing = threading.Lock()
+_computing: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+"""By worker: before one that has just come offers ``compute``, it may get a stage task for each of its threads."""
 
 
 class Preload(WorkerPlugin):
@@ -130,15 +133,16 @@ def run_stage(
     if note.get("poison"):
         batch = batch.without(note["poison"], f"{stage}: given up: its worker died {KILLS_TO_BLAME} times")
     try:
-        with _importing:
-            asked = time.perf_counter()
-            held, came = _ready(ref, stage, get_worker())
-            # Looking whether all is there takes time too, which says nothing of what a load takes.
-            load_seconds = time.perf_counter() - asked if came else 0.0
-        started = time.time()
-        if note.get("careful"):
-            held, batch = _Announcing(held), batch.in_single_items()
-        result = run_batch(stage, held, batch)
+        with _computing.setdefault(get_worker(), threading.Lock()):
+            with _importing:
+                asked = time.perf_counter()
+                held, came = _ready(ref, stage, get_worker())
+                # Looking whether all is there takes time too, which says nothing of what a load takes.
+                load_seconds = time.perf_counter() - asked if came else 0.0
+            started = time.time()
+            if note.get("careful"):
+                held, batch = _Announcing(held), batch.in_single_items()
+            result = run_batch(stage, held, batch)
     except DfdaskError as error:
         return Batch((), problem=error)
     except Exception as error:

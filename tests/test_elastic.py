@@ -181,22 +181,54 @@ def test_a_lost_machine_that_is_slow_to_end_holds_nothing_up(monkeypatch: pytest
     monkeypatch.setattr(elastic_module, "LOST_SECONDS", 0.5)
     ended = threading.Event()
 
-    class Slow(Nanny):
+    class Machine(Nanny):
+        async def _on_worker_exit(self, exitcode: int) -> None:
+            """It is lost: nothing starts its worker again."""
+
         async def close(self, *arguments: Any, **options: Any) -> Literal["OK"]:
-            if self.status == Status.closed:  # asked for a second time, when it is known to be lost
+            if self.name == "big-0":
                 await asyncio.to_thread(ended.wait, 30)
             return await super().close(*arguments, **options)
 
     options = {"nthreads": 1, "memory_limit": 0, "silence_logs": "ERROR", "dashboard": False}
-    with spec_cluster() as cluster, Client(cluster):
-        adapt(
-            cluster, [WorkerClass("big", 1, 1, 0.0)], interval=0.2, options={"big": {"cls": Slow, "options": options}}
-        )
-        until(lambda: cluster.workers and by_class(cluster)["big"] == 1, 30, "its worker")
-        (first,) = cluster.worker_spec
-        cluster.sync(next(iter(cluster.workers.values())).close)
+    models = {"big": {"cls": Machine, "options": options}}
+    with spec_cluster() as cluster:
+        follower = adapt(cluster, [WorkerClass("big", 1, 1, 0.0)], interval=0.2, options=models)
+        until(lambda: follower._present() and cluster.workers, 30, "its worker")
+        ((first, machine),) = cluster.workers.items()
+        os.kill(machine.pid, signal.SIGKILL)
         until(lambda: by_class(cluster)["big"] == 1 and first not in cluster.worker_spec, 20, "another one")
-        ended.set()
+        assert machine.status == Status.running
+        threading.Timer(1.0, ended.set).start()  # while the cluster closes, which waits for it
+    assert machine.status == Status.closed
+
+
+def test_one_that_ends_before_it_was_seen_is_asked_for_again() -> None:
+    with spec_cluster() as cluster:
+        follower = adapt(cluster, [WorkerClass("big", 1, 1, 0.0)], interval=0.5)
+        until(lambda: cluster.workers, 30, "its worker")
+        ((first, nanny),) = cluster.workers.items()
+        cluster.sync(nanny.close)
+        until(lambda: first not in cluster.worker_spec and follower._present(), 30, "another one")
+
+
+def test_who_is_being_started_is_not_taken_for_gone(tmp_path: Path) -> None:
+    """By the cluster itself, or for an earlier ``adapt``: their processes are known once all of them are there."""
+    started = tmp_path / "started"
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nopen({str(started)!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(2)\n"
+    )
+    options = {"preload": [str(tmp_path / "slow.py")], "nthreads": 1, "silence_logs": "ERROR", "dashboard": False}
+    kinds, slow = [WorkerClass("big", 3, 3, 0.0)], {"big": {"cls": Nanny, "options": options}}
+    with spec_cluster() as cluster:
+        cluster.new_spec = {"cls": Nanny, "options": options}
+        cluster.scale(2)
+        for _ in range(2):
+            follower = adapt(cluster, kinds, interval=0.2, options=slow)
+            until(lambda: len(cluster.worker_spec) == 3, 20, "the third to be asked for")
+            time.sleep(0.5)
+        until(lambda follower=follower: len(follower._present()) == 3, 40, "all")
+        assert {0, 1} < set(cluster.worker_spec) and len(set(started.read_text().split())) == 3
 
 
 def test_a_local_cluster_follows_too_and_starts_a_worker_that_is_wanted(
@@ -247,7 +279,7 @@ def test_a_job_waits_for_workers_that_start(
             options={"big": {"cls": Nanny, "options": options}},
         )
         arguments = {**ARGUMENTS["sd"], "num_inference_steps": 8}
-        job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 24, "arguments": arguments, "shard": 2}
+        job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 40, "arguments": arguments, "shard": 2}
         run = dfdask.submit(job, output=str(tmp_path / "run"), client=client)
         assert "no workers yet; 1 starting" in caplog.text
         until(lambda: run.progress.committed_items > 0, 60, "the first shard")
@@ -255,17 +287,20 @@ def test_a_job_waits_for_workers_that_start(
         cluster.loop.add_callback(nanny.close)  # as if its machine were taken back
         news = "no workers for encode, denoise, decode yet, 1 starting"
         until(lambda: news in status_line(run.progress), 30, "the news")
-        assert run.wait(120).progress.committed_items == 24
+        assert run.wait(120).progress.committed_items == 40
 
 
 def test_workers_that_cannot_be_started_are_asked_for_again_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(elastic_module, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(elastic_module, "RETRY_SECONDS", 1.0)
     broken = {"big": {"cls": Nanny, "options": {"preload": ["no_such_module"], "silence_logs": "CRITICAL"}}}
     with spec_cluster() as cluster:
         follower = adapt(cluster, [WorkerClass("big", 1, 1)], interval=0.2, options=broken)
+        told = cluster.scheduler.plugins[Gate.name].newcomers
+        until(lambda: told.starting(time.time()) == 1, 40, "it to be expected")
         until(lambda: "could not start 1 workers of class big" in caplog.text, 40, "the failure to be told")
+        until(lambda: told.starting(time.time()) == 0, 5, "jobs not to wait for it")
         until(lambda: caplog.text.count("could not start") >= 2, 40, "another try")
         follower.stop()
 

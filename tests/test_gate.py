@@ -119,8 +119,8 @@ async def watched(scheduler: Scheduler) -> AsyncIterator[list[int]]:
         yield most
     finally:
         over = True
-        await watcher
         sys.setswitchinterval(interval)
+        await watcher
     if problems:
         raise problems[0]
 

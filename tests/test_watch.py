@@ -98,6 +98,10 @@ def test_a_run_that_was_stopped_is_watched_until_it_would_have_gone_on(
     assert next(watched)[0].phase == "running"
     tell(again, "JobEnded", reason="failed")
     assert next(watched)[0].phase == "failed"
+    tell(first, "JobStarted")
+    assert next(watched)[0].phase == "running", "a notebook that has submitted it a second time"
+    tell(first, "JobEnded", reason="failed")
+    assert next(watched)[0].phase == "failed"
     monkeypatch.setattr("dfdask.watch.AGAIN_SECONDS", 0.0)
     assert not list(watched)
     result = CliRunner().invoke(main, ["status", str(store.location.path), "--watch", "--plain"])

@@ -94,6 +94,22 @@ def test_reading_a_real_model_is_told_as_a_load(client: Client) -> None:
     assert [told["load_seconds"] > 0 for told in tasks] == [True, False]
 
 
+def test_a_worker_of_several_threads_runs_one_stage_task_at_a_time() -> None:
+    """One that has just come may get two, before it offers what they would have to share."""
+    ref = replace(FAKE, fake=FakeStages(stages={"encode": 0.1, "denoise": 0.1, "decode": 0.0}))
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, memory_limit=0, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        client.sync(client.scheduler.start_task_metadata, name="test")
+        client.gather([client.submit(run_stage, ref, "encode", ITEMS, pure=False) for _ in range(2)])
+        found = client.sync(client.scheduler.stop_task_metadata, name="test")
+    first, second = sorted(
+        (metadata[TELEMETRY] for metadata in found["metadata"].values()), key=lambda told: told["start"]
+    )
+    assert first["seconds"] >= 0.1 and second["start"] >= first["start"] + first["seconds"] - 0.01
+
+
 @pytest.mark.parametrize(("limit", "expected"), [("2GB", 1_000_000_000), (0, int(MEMORY_LIMIT * HOST_PART))])
 def test_weights_keep_to_what_dask_allows_its_worker(limit: str | int, expected: int) -> None:
     def known() -> tuple[int | None, str | None]:
