@@ -36,7 +36,7 @@ class StoreWatch:
             end = self._store.last_end() if self._quiet else None  # asked first: what was committed before is seen
             new = self._store.committed() - self._commits.keys()
             self._quiet = not new
-            self._end = end if self._quiet else None
+            self._end = end if end and self._quiet and end["reason"] != "finished" else None
             for shard in new:
                 if record := self._store.commit(shard):
                     items = int(record["stop"]) - int(record["start"])
@@ -48,7 +48,7 @@ class StoreWatch:
         done = sum(items for items, _, _ in self._commits.values())
         complete = len(self._commits) == layout.shards
         phase: Phase = "finished" if complete else "running"
-        if self._end and not complete and self._end["reason"] != "finished":
+        if self._end and not complete:
             phase = "stopped" if self._end["reason"] == "stopped" else "failed"
         times = sorted((written, items) for items, _, written in self._commits.values() if written)
         rate = None if complete else _rate(times, now)
