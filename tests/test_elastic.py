@@ -20,7 +20,6 @@ from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 from distributed.core import Status
 from fleet import until
 from forecaster import Forecaster
-from tiny_models import ARGUMENTS
 
 import dfdask
 from dfdask import driver, newcomers
@@ -278,7 +277,7 @@ def test_a_job_waits_for_workers_that_start(
             patience=1.0,
             options={"big": {"cls": Nanny, "options": options}},
         )
-        arguments = {**ARGUMENTS["sd"], "num_inference_steps": 8}
+        arguments = {"height": 32, "width": 32, "num_inference_steps": 8}
         job = {"model": str(tiny("sd")), "prompts": ["a cat"] * 40, "arguments": arguments, "shard": 2}
         run = dfdask.submit(job, output=str(tmp_path / "run"), client=client)
         assert "no workers yet; 1 starting" in caplog.text
