@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dfdask")
 POLL_SECONDS = 0.5
+RESULT_SECONDS = 2.0  # for the few bytes that say that a shard is written
 EVENTS_SECONDS = 10.0  # between two looks at what happened on the cluster
 PATIENCE_SECONDS = 60.0  # without a worker for a stage
 SILENCE_SECONDS = 3.0  # of waiting for the first worker
@@ -169,19 +170,25 @@ class Driver:
 
     def _collect(self, timeout_seconds: float) -> None:
         """Take in what has finished, waiting at most so long for the first."""
+        late = []
         try:
             future = self._finished.get(timeout=timeout_seconds)
             while True:
-                self._receive(future)
+                try:
+                    self._receive(future)
+                except TimeoutError:
+                    late.append(future)
                 future = self._finished.get_nowait()
         except queue.Empty:
-            return
+            for future in late:
+                future.add_done_callback(self._finished.put)
 
     def _receive(self, future: Future[Any]) -> None:
+        """Raises TimeoutError where its worker was lost with the result: Dask computes it once more."""
         if future not in self._flying:  # dropped since
             return
         if future.status == "finished":
-            receipt: dict[str, Any] = future.result()
+            receipt: dict[str, Any] = future.result(timeout=RESULT_SECONDS)
             del self._flying[future]
             future.release()
             if "error" in receipt:
