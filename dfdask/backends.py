@@ -124,9 +124,10 @@ class SpecBackend(Backend):
         # being started has no process yet either.
         starting = cluster._correct_state_waiting is not None or cluster._lock.locked()
         gone = []
-        for key in (key for key, kind in self._class.items() if kind == name and key in cluster.worker_spec):
+        for key, kind in self._class.items():
             process = cluster.workers.get(key)
-            if process.status in (Status.closed, Status.failed) if process is not None else not starting:
+            ended = not starting if process is None else process.status in (Status.closed, Status.failed)
+            if ended and kind == name and key in cluster.worker_spec:
                 gone.append(self._worker_name(key))
         return gone
 

@@ -112,7 +112,7 @@ def run(
     sheet = _sheet(started.store)
     if not as_json:
         print_rows(console, [*summary(progress), *([("pictures", sheet)] if sheet else [])])
-    if progress.items and progress.failed_items == progress.items:
+    if progress.all_failed:
         raise DfdaskError(f"every item failed; see why with: dfdask show {progress.output}")
 
 
@@ -162,7 +162,7 @@ def status(run: str, watching: bool, scheduler: str | None, plain: bool, as_json
         from dfdask.progress import print_rows
 
         print_rows(_console(), found.rows())
-    if seen is not None and (seen.phase in ("stopped", "failed") or 0 < seen.items == seen.failed_items):
+    if seen is not None and (seen.phase in ("stopped", "failed") or seen.all_failed):
         sys.exit(1)
 
 

@@ -186,7 +186,7 @@ class Elastic(Adaptive):
             first = min(able, key=lambda kind: kind.price_per_hour, default=None)
             if first is not None:
                 decision = replace(decision, counts={**decision.counts, first.name: 1})
-        await self.scheduler.dfdask_starting(starting=sum(self._coming(decision.counts, fleet).values()))
+        await self.scheduler.dfdask_starting(starting=self._coming(decision.counts, fleet))
         if self.decision is None or decision.counts != self.decision.counts:
             self.decisions.append((time.time(), decision))
             logger.info("%s", decision.explain())
@@ -264,14 +264,12 @@ class Elastic(Adaptive):
             else:
                 others[entry["class"]] = others.get(entry["class"], 0) + 1
         self._workers = own
+        known = self._present() | {worker for _, worker, _ in self._leaving.values()}
         ready, starting = {}, {}
         for kind_ in self.classes:
             name, arrivals = kind_.name, self._arrivals[kind_.name]
             self.spent += hours * kind_.price_per_hour * self.backend.planned(name)
             arrivals.arrived((entry["name"] for entry in own[name].values()), now)
-            known = {entry["name"] for entry in own[name].values()} | {
-                worker for _, worker, _ in self._leaving.values()
-            }
             gone = {*arrivals.lost(now), *self.backend.dead(name)} - known
             lost = sorted(worker for worker in gone if self.backend.owner(worker))
             if lost:
@@ -291,12 +289,12 @@ class Elastic(Adaptive):
     def _staying(self, kind: str) -> int:
         return self.backend.planned(kind) - sum(leaving == kind for leaving, *_ in self._leaving.values())
 
-    def _coming(self, counts: Mapping[str, int], fleet: Fleet) -> dict[str, int]:
+    def _coming(self, counts: Mapping[str, int], fleet: Fleet) -> int:
         """How many more will be there. Where the last start failed, what is wanted says nothing of that."""
-        return {
-            kind: self._pending(kind) if self._short[kind] else max(count - fleet.ready[kind], 0)
+        return sum(
+            self._pending(kind) if self._short[kind] else max(count - fleet.ready[kind], 0)
             for kind, count in counts.items()
-        }
+        )
 
     def _missing(self) -> dict[str, int]:
         counts = self.decision.counts if self.decision else {}

@@ -54,6 +54,10 @@ class Progress:
     unserved: tuple[str, ...] = ()
     starting: int = 0
 
+    @property
+    def all_failed(self) -> bool:
+        return 0 < self.items == self.failed_items
+
 
 @dataclass(frozen=True, slots=True)
 class ShardCommitted:

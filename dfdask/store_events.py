@@ -152,8 +152,7 @@ def read_events(objects: Objects) -> list[Event]:
 
     Where several clients followed the run at once, each has saved the same events: those of the first are taken.
     """
-    with storage_errors(f"cannot list the events of {objects.location}"):
-        keys = sorted(key for key in objects.listing(FOLDER) if _KEY.fullmatch(key))
+    keys = _keys(objects)
     with ThreadPoolExecutor(_READERS) as pool:
         parts = list(pool.map(_reader(objects), keys))
     sessions: dict[str, list[Event]] = {}
@@ -176,14 +175,18 @@ def last_end(objects: Objects) -> Event | None:
 
     Raises StorageError.
     """
-    with storage_errors(f"cannot list the events of {objects.location}"):
-        keys = sorted(filter(_KEY.fullmatch, objects.listing(FOLDER)))
-    newest = {found[1]: key for key in keys if (found := _KEY.fullmatch(key))}  # of each session
+    newest = {key.rpartition("-")[0]: key for key in _keys(objects)}  # of each session
     with ThreadPoolExecutor(_READERS) as pool:
         parts = pool.map(_reader(objects), newest.values())
         told = [event for part in parts for event in part or () if event["event"] in ("JobStarted", "JobEnded")]
     last = max(told, key=lambda event: float(event["when"]), default=None)
     return last if last and last["event"] == "JobEnded" else None
+
+
+def _keys(objects: Objects) -> list[str]:
+    """Of all objects, those of a session in their order."""
+    with storage_errors(f"cannot list the events of {objects.location}"):
+        return sorted(filter(_KEY.fullmatch, objects.listing(FOLDER)))
 
 
 def is_event(key: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,6 @@ def test_a_run_that_was_stopped_is_watched_until_it_would_have_gone_on(
     tell(first, "JobEnded", reason="stopped")
     progress, remark = next(watched)
     assert (progress.phase, remark.endswith("ago; the same command goes on")) == ("stopped", True)
-    time.sleep(1.1)  # who began last is known to the second
     again = EventLog(Objects(store.location))
     tell(again, "JobStarted")
     assert next(watched)[0].phase == "running"
