@@ -90,7 +90,7 @@ def timeline(history: History) -> str:
     for place, worker in enumerate(workers):
         y = top + place * height
         for start, stop in presence[worker]:
-            left, right = x.px(max(start - history.began, 0)), x.px(min(stop, history.ended) - history.began)
+            left, right = x.px(max(history.at(start), 0)), x.px(history.at(min(stop, history.ended)))
             back.append(f"M{left:.1f} {y:.1f}h{right - left:.1f}v{height - gap:.1f}h{left - right:.1f}z")
         for cell, shares in enumerate(busy[worker]):
             floor, scale = y + height - gap, (height - gap) / max(sum(shares.values()), 1.0)
@@ -184,13 +184,22 @@ def _short_names(workers: Sequence[str]) -> list[str]:
 
 
 def _marks(history: History, workers: Sequence[str], x: Axis, top: float, height: float, bottom: float) -> list[str]:
-    """A line where something was decided, a notch where a worker's roles changed."""
+    """A line where something was decided, a notch where a worker's roles changed, a gap where the run had stopped."""
     parts = []
+    for start, stop in history.pauses[-_MARKS:]:
+        at, title = (
+            x.px(history.at(stop)),
+            f"{duration(history.at(stop))}: started again after {duration(stop - start)}",
+        )
+        parts.append(
+            f'<path d="M{at:.1f} {top - 4:.1f}V{bottom:.1f}" stroke="currentColor" stroke-width="3" opacity=".6">'
+            f"<title>{text(title)}</title></path>"
+        )
     rows = {worker: place for place, worker in enumerate(workers)}
     moves = [(decision, move) for decision in history.decisions for move in decision.moves if move.worker in rows]
     for decision in history.decisions[-_MARKS:]:
-        at = x.px(decision.when - history.began)
-        title = f"{duration(decision.when - history.began)}: {decision.reason}"
+        at = x.px(history.at(decision.when))
+        title = f"{duration(history.at(decision.when))}: {decision.reason}"
         parts.append(
             f'<g><title>{text(title)}</title><path d="M{at:.1f} {top - 4:.1f}V{bottom:.1f}" stroke="currentColor" '
             f'opacity=".35" stroke-dasharray="2 3"/><path d="M{at - 4:.1f} {top - 12:.1f}h8l-4 7z" '
@@ -198,7 +207,7 @@ def _marks(history: History, workers: Sequence[str], x: Axis, top: float, height
         )
     if height >= 5:
         for decision, move in moves[-_MARKS:]:
-            at, y = x.px(decision.when - history.began), top + rows[move.worker] * height
+            at, y = x.px(history.at(decision.when)), top + rows[move.worker] * height
             parts.append(
                 f'<path d="M{at - 1:.1f} {y:.1f}h2v{height - 3 if height > 7 else height:.1f}h-2z" '
                 f'fill="currentColor"><title>{text(_moved(decision, move))}</title></path>'

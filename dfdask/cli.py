@@ -322,7 +322,8 @@ def _hush_dask() -> None:
 
     import distributed  # noqa: F401  sets its loggers' levels when it is imported
 
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    for name in ("distributed.client", "distributed.batched"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _console() -> Console:

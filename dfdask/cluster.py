@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.daemon": True,
 }
 THREADS = 2  # of a worker: one for stages, one for shards that are written meanwhile
+DASHBOARD_PORT = 8787  # of a local cluster, or any other where somebody has it
 CONNECT_SECONDS = 10
 CLOSE_SECONDS = 30  # Dask waits 4 s for a worker, and 5 s more for one that it killed
 
@@ -67,10 +69,12 @@ class LocalFleet:
             "host": "127.0.0.1",
             "port": 0,
             "dashboard": True,
-            "dashboard_address": f"127.0.0.1:{_free_port(8787)}",
+            "dashboard_address": f"127.0.0.1:{DASHBOARD_PORT}",
             "plugins": scheduler_plugins(),
         }
-        with dask.config.set(SETTINGS), _interrupts_kept_out():
+        with dask.config.set(SETTINGS), _interrupts_kept_out(), warnings.catch_warnings():
+            # Dask takes another port for the dashboard, and the run says which.
+            warnings.filterwarnings("ignore", r"Port \d+ is already in use", UserWarning)
             try:
                 self.cluster = SpecCluster(
                     workers=specification,
@@ -251,15 +255,3 @@ def _interrupts_kept_out() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _free_port(wanted: int) -> int:
-    """``wanted`` where nothing listens on it, else any free one: Dask would warn and do the same."""
-    import socket
-
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return 0
-    return wanted

@@ -23,6 +23,7 @@ def as_dict(history: History) -> dict[str, Any]:
         "began": history.began or None,
         "ended": history.ended or None,
         "complete": history.job_ended is not None,
+        "pauses": [list(pause) for pause in history.pauses],
         "workers": list(history.workers),
         "decisions": [
             {
@@ -44,9 +45,8 @@ def print_history(console: Console, store: RunStore, history: History) -> None:
         return
     moves = sum(len(decision.moves) for decision in history.decisions)
     facts = [count(len(history.decisions), "decision"), count(moves, "move"), count(len(history.workers), "worker")]
-    starts = len(history.of_kind("JobStarted"))
-    pauses = f", {count(starts, 'start')} and the time between them included" if starts > 1 else ""
-    console.print(f"{name}: {', '.join(facts)} in {duration(history.seconds)}{pauses}", style="bold", markup=False)
+    line = f"{name}: {', '.join(facts)} in {duration(history.seconds)}{pauses(history)}"
+    console.print(line, style="bold", markup=False)
     if history.decisions:
         console.print(_decisions(history))
         console.print(
@@ -61,6 +61,14 @@ def print_history(console: Console, store: RunStore, history: History) -> None:
         console.print(_stages(history))
     for event in history.of_kind("WorkerLeft", "ItemQuarantined", "EventsDropped"):
         console.print(f"  {remark(event, history)}", markup=False)
+
+
+def pauses(history: History) -> str:
+    """What is left out of the times, a clause for after them; nothing where there is nothing."""
+    if not history.pauses:
+        return ""
+    seconds = sum(stop - start for start, stop in history.pauses)
+    return f" ({count(len(history.pauses), 'pause')} between starts left out, {duration(seconds)})"
 
 
 def moved(decision: Decision) -> list[str]:
@@ -82,7 +90,7 @@ def gain(seconds: float | None) -> str:
 
 def remark(event: Any, history: History) -> str:
     """One line about an event that is no decision."""
-    at = duration(max(float(event["when"]) - history.began, 0.0))
+    at = duration(max(history.at(float(event["when"])), 0.0))
     if event["event"] == "WorkerLeft":
         lost = (
             f", its {count(int(event.get('lost_tasks') or 0), 'task')} went elsewhere"
@@ -110,7 +118,7 @@ def _decisions(history: History) -> RenderableType:
         told = Text("\n").join(
             [Text(why(decision), style="bold"), *map(Text, moved(decision)), *map(Text, _outcome(decision))]
         )
-        table.add_row(duration(decision.when - history.began), told)
+        table.add_row(duration(history.at(decision.when)), told)
     return table
 
 

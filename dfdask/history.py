@@ -14,6 +14,10 @@ from typing import Any
 Event = Mapping[str, Any]
 SAME_DECISION_SECONDS = 0.05  # roles that change so close to each other were decided together
 _RATE_SECONDS = 30.0  # before and after a decision, at most
+_PAUSE_SECONDS = 1.0  # what is shorter is no pause
+_WORKED = ("TaskDone", "ShardWritten", "JobEnded")
+
+Pauses = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Move:
 class Decision:
     """Roles that changed together. Seconds that were left: by prediction if nothing had changed (``stay_seconds``) and
     with the change (``predicted_seconds``), and those that it took until the run was finished (later decisions
-    included), which is not known where it was stopped first and went on later.
+    included, pauses not), which is not known where it was stopped first and went on later.
 
     Items of the last stage per second in the time before and after, up to the next decision or half a minute.
     """
@@ -86,12 +90,16 @@ class StageSum:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A run's events in order and in shape. Times are seconds since the epoch."""
+    """A run's events in order and in shape. Times are seconds since the epoch.
+
+    ``pauses``: from the last work of one start of the run to the next start, in order.
+    """
 
     events: tuple[Event, ...]
     began: float
     ended: float
     job_ended: float | None
+    pauses: Pauses
     workers: tuple[str, ...]
     work: tuple[Work, ...]
     decisions: tuple[Decision, ...]
@@ -108,14 +116,16 @@ class History:
         ends = [event for event in told if event["event"] == "JobEnded"]
         ended = max(times, default=0.0)
         order = _order(work, stages)
+        pauses = _pauses(told, work)
         return cls(
             events=tuple(told),
             began=began,
             ended=ended,
             job_ended=float(ends[-1]["when"]) if ends else None,
+            pauses=pauses,
             workers=_workers(told, work),
             work=tuple(work),
-            decisions=_decisions(told, work, order, began, ended, ends),
+            decisions=_decisions(told, work, order, began, ended, ends, pauses),
             stages=tuple(_sum(stage, [one for one in work if one.stage == stage]) for stage in order),
         )
 
@@ -124,7 +134,12 @@ class History:
 
     @property
     def seconds(self) -> float:
-        return self.ended - self.began
+        """From beginning to end without the pauses."""
+        return self.at(self.ended)
+
+    def at(self, when: float) -> float:
+        """Seconds from the beginning to ``when`` without the pauses."""
+        return _between(self.began, when, self.pauses)
 
     def presence(self) -> dict[str, list[tuple[float, float]]]:
         """When each worker was there: from joining (or its first work) to leaving, or the end of its last job."""
@@ -147,22 +162,22 @@ class History:
         return there
 
     def rates(self, stage: str, bins: int) -> list[float]:
-        """Items per second of ``stage`` in ``bins`` equal parts of the time from ``began`` to ``ended``."""
+        """Items per second of ``stage`` in ``bins`` equal parts of ``seconds``."""
         width = max(self.seconds, 1e-9) / bins
         counts = [0.0] * bins
         for one in self.work:
             if one.stage == stage:
-                for place, share in _spread(one.start, one.when, self.began, width, bins):
+                for place, share in _spread(self.at(one.start), self.at(one.when), 0.0, width, bins):
                     counts[place] += one.items * share
         return [value / width for value in counts]
 
     def busy(self, bins: int) -> dict[str, list[dict[str, float]]]:
-        """By worker, in equal parts of the time: the share that it spent in each stage."""
+        """By worker, in equal parts of ``seconds``: the share that it spent in each stage."""
         width = max(self.seconds, 1e-9) / bins
         found: dict[str, list[dict[str, float]]] = {worker: [{} for _ in range(bins)] for worker in self.workers}
         for one in self.work:
             lane = found[one.worker]
-            for place, share in _spread(one.start, one.when, self.began, width, bins):
+            for place, share in _spread(self.at(one.start), self.at(one.when), 0.0, width, bins):
                 lane[place][one.stage] = lane[place].get(one.stage, 0.0) + one.seconds * share / width
         return found
 
@@ -233,6 +248,7 @@ def _decisions(
     began: float,
     ended: float,
     ends: Sequence[Event],
+    pauses: Pauses,
 ) -> tuple[Decision, ...]:
     groups: list[list[Event]] = []
     for event in events:
@@ -251,8 +267,10 @@ def _decisions(
     for place, group in enumerate(groups):
         when = times[place]
         end: Event = next((end for end in ends if float(end["when"]) >= when), {})
-        before = max(times[place - 1] if place else began, when - _RATE_SECONDS)
-        after = min(times[place + 1] if place + 1 < len(times) else ended, when + _RATE_SECONDS)
+        before = max(
+            [began, when - _RATE_SECONDS, *times[max(place - 1, 0) : place], *(b for _, b in pauses if b <= when)]
+        )
+        after = min([ended, when + _RATE_SECONDS, *times[place + 1 : place + 2], *(a for a, _ in pauses if a >= when)])
         found.append(
             Decision(
                 when=when,
@@ -262,12 +280,31 @@ def _decisions(
                 # Who did nothing before could not have stayed with it.
                 stay_seconds=_number(group[0].get("stay_seconds")) if any(e.get("before") for e in group) else None,
                 predicted_seconds=_number(group[0].get("predicted_seconds")),
-                actual_seconds=float(end["when"]) - when if end.get("reason") == "finished" else None,
+                actual_seconds=_between(when, end["when"], pauses) if end.get("reason") == "finished" else None,
                 rate_before=_rate(finished, before, when),
                 rate_after=_rate(finished, when, after),
             )
         )
     return tuple(found)
+
+
+def _pauses(events: Sequence[Event], work: Sequence[Work]) -> Pauses:
+    found = []
+    last: float | None = None
+    for event in events:
+        when = float(event["when"])
+        if event["event"] in _WORKED:
+            last = when
+        elif event["event"] == "JobStarted" and last is not None and when - last > _PAUSE_SECONDS:
+            if not any(one.start < when < one.when for one in work):  # else another client was at it
+                found.append((last, when))
+            last = when
+    return tuple(found)
+
+
+def _between(start: float, stop: float, pauses: Pauses) -> float:
+    """Seconds from one time to a later one without what there was of ``pauses``."""
+    return stop - start - sum(max(min(stop, b) - max(start, a), 0.0) for a, b in pauses)
 
 
 def _roles(event: Event, name: str, own: set[str]) -> dict[str, float]:

@@ -120,11 +120,12 @@ def _head(facts: Facts) -> str:
         else ""
     )
     line = [f"{facts.kind}s of {shape}", f"last written {when}" if when else "", status.output]
+    left_out = ", pauses left out" if facts.history.pauses else ""
     device_seconds = sum(seconds for seconds, _ in facts.stage_seconds.values())
     tiles = [
         (f"{status.ok_items:,}", f"of {count(status.items, 'item')} made"),
         (f"{status.failed_items:,}", "failed"),
-        (duration(span), "from first work to last commit") if span else ("?", "time"),
+        (duration(span), f"from first work to last commit{left_out}") if span else ("?", "time"),
         (rate(done / span), "on average") if span else ("?", "speed"),
         (duration(device_seconds), "of device time"),
         (f"{device_seconds / done:.3g} s" if done else "?", "device time an item"),
@@ -173,7 +174,8 @@ def _workers(history: History) -> str:
     chart = charts.timeline(history)
     if not chart:
         return ""
-    there = sum(stop - start for spans in history.presence().values() for start, stop in spans)
+    spans = [span for spans in history.presence().values() for span in spans]
+    there = sum(history.at(stop) - history.at(start) for start, stop in spans)
     busy = sum(stage.seconds for stage in history.stages)
     loading = sum(stage.load_seconds for stage in history.stages)
     shown = min(len(history.workers), charts.MOST_LANES)
@@ -183,7 +185,8 @@ def _workers(history: History) -> str:
         f"loading weights {loading / there:.1%}" if there else "",
         f"{shown:,} of {len(history.workers):,} workers shown" if shown < len(history.workers) else "",
     ]
-    line = f'<p class="faint">{text(", ".join(fact for fact in facts if fact))}; a triangle marks a decision.</p>'
+    marks = "a triangle marks a decision" + (", a thick line a new start" if history.pauses else "")
+    line = f'<p class="faint">{text(", ".join(fact for fact in facts if fact))}; {marks}.</p>'
     return _section("Workers", f"{line}{charts.legend([stage.name for stage in history.stages])}{chart}")
 
 
@@ -212,7 +215,7 @@ def _decision(decision: Decision, history: History) -> str:
     times = (decision.stay_seconds, decision.predicted_seconds, decision.actual_seconds)
     speeds = (decision.rate_before, decision.rate_after)
     cells = (
-        text(duration(decision.when - history.began)),
+        text(duration(history.at(decision.when))),
         text(why(decision)),
         "<br>".join(text(line) for line in moved(decision)),
         *("?" if seconds is None else text(duration(seconds)) for seconds in times),
@@ -282,10 +285,10 @@ def _row(tag: str, cells: Sequence[str], classes: Sequence[str]) -> str:
 
 
 def _span(facts: Facts) -> float:
-    """Seconds from the first work that is known of to the last commit, 0 where nothing is known."""
+    """Seconds from the first work that is known of to the last commit without the pauses, 0 where nothing is known."""
     if not facts.written:
         return 0.0
     first = facts.written[0][0]
     if facts.history.work:
         first = min(first, facts.history.work[0].start)
-    return max(facts.written[-1][0] - first, 0.0)
+    return max(facts.history.at(facts.written[-1][0]) - facts.history.at(first), 0.0)

@@ -14,6 +14,14 @@ from stored import BUCKET, KEYS, REGION
 from dfdask.targets import Location, resolve_output
 
 
+@pytest.fixture(scope="session", autouse=True)
+def any_dashboard_port() -> None:
+    """Tests that run beside each other do not race for the same port: Dask leaves a socket open where it lost."""
+    from dfdask import cluster  # Dask sets its loggers up when it is imported: not before pytest has set up its own
+
+    cluster.DASHBOARD_PORT = 0
+
+
 @pytest.fixture(scope="session")
 def s3_client() -> Iterator[Any]:
     """A boto3 client of an S3 server that is its own, with the bucket ``BUCKET``."""

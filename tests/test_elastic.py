@@ -256,6 +256,7 @@ def test_a_local_cluster_follows_too_and_starts_a_worker_that_is_wanted(
         until(lambda: not cluster.scheduler_info["workers"], 30, "nobody to be there")
 
 
+@pytest.mark.timeout(300)  # its two workers import torch, one after the other
 def test_a_job_waits_for_workers_that_start(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

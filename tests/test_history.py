@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
-from told import BEGAN, RUN, told
+from told import BEGAN, RUN, later, told
 
 from dfdask import charts
 from dfdask.charts import Axis
@@ -35,6 +35,34 @@ def test_totals_are_those_of_the_events() -> None:
     assert (history.began, history.ended, history.job_ended) == (BEGAN, BEGAN + 300, BEGAN + 300)
     busy = sum(sum(cell.values()) for lane in history.busy(50).values() for cell in lane) * history.seconds / 50
     assert busy == pytest.approx(sum(event["seconds"] for event in tasks))
+
+
+def test_pauses_between_starts_are_left_out() -> None:
+    killed, resumed = told(ended=False), later(7200.0)
+    last = max(event["when"] for event in killed if event["event"] in ("TaskDone", "ShardWritten"))
+    history = History.of([*killed, *resumed], STAGES)
+    assert history.pauses == ((last, BEGAN + 7200),)
+    assert history.seconds == pytest.approx(last - BEGAN + 300)
+    assert [history.at(BEGAN + when) for when in (0, 150, 7200, 7210)] == pytest.approx(
+        [0, 150, last - BEGAN, last - BEGAN + 10]
+    )
+    rates, busy = history.rates("denoise", 40), history.busy(40)
+    assert sum(rates) * history.seconds / 40 == pytest.approx(
+        sum(w.items for w in history.work if w.stage == "denoise")
+    )
+    assert sum(sum(cell.values()) for cell in busy["tcp://10.0.0.3:4000"][18:22]) > 2, "no hole in the middle"
+    before, _, after, _ = history.decisions
+    assert before.actual_seconds == pytest.approx(history.seconds - 0.1)
+    assert (after.rate_before, after.rate_after) == (None, History.of(told(), STAGES).decisions[0].rate_after)
+    titles = [element.text for element in ET.fromstring(charts.timeline(history)).iter() if element.text]
+    assert "4 min 59 s: started again after 1 h 55 min" in titles
+
+
+def test_another_client_at_work_makes_no_pause() -> None:
+    second = {"event": "JobStarted", "when": BEGAN + 100.03, "run": RUN}
+    alone = [event for event in told() if event.get("worker") == "tcp://10.0.0.3:4000"]
+    assert any(event["start"] < second["when"] < event["when"] for event in alone if event["event"] == "TaskDone")
+    assert History.of([*alone, second]).pauses == ()
 
 
 def test_sums_of_calls_read_like_calls() -> None:

@@ -240,7 +240,9 @@ def test_changelog_names_the_version() -> None:
     assert f"## {dfdask.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(("name", "end"), [("run", "run jobs/quickstart.yaml"), ("test", "/pytest")])
+@pytest.mark.parametrize(
+    ("name", "end"), [("run", "run jobs/quickstart.yaml"), ("test", "/pytest -n 2 --dist loadfile")]
+)
 def test_readme_has_its_two_commands(name: str, end: str) -> None:
     blocks = re.findall(rf"<!-- {name} -->\n```bash\n(.*?)\n```\n", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1, f"README.md needs one code block after <!-- {name} -->"

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 from stored import new_run, put
-from told import told
+from told import later, told
 
 from dfdask.cli import main
 from dfdask.errors import StorageError
@@ -84,6 +84,15 @@ def test_explain(store: RunStore) -> None:
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["denoise"][1:3] == ["439", "1,756"]
     assert max(map(len, explained(store, width=60).splitlines())) <= 60
+
+
+def test_explain_and_the_page_leave_out_the_time_between_starts(store: RunStore, tmp_path: Path) -> None:
+    store.append_events(told(ended=False))
+    store.append_events(later(7200.0))
+    text = explained(store)
+    assert "in 9 min 59 s (1 pause between starts left out, 1 h 55 min)" in text
+    assert "4 min 59 s  demo began" in text, "the second start, after what the first did"
+    assert "a thick line a new start" in Path(write_report(store, tmp_path / "page.html")).read_text()
 
 
 def test_explain_says_so_where_there_is_nothing(store: RunStore) -> None:

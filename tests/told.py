@@ -46,3 +46,9 @@ def told(workers: int = 6, seconds: float = 300.0, ended: bool = True) -> list[d
     if ended:
         events.append(JobEnded(BEGAN + seconds, RUN, "finished"))
     return sorted((event.as_dict() for event in events), key=lambda event: float(event["when"]))
+
+
+def later(seconds: float) -> list[dict[str, Any]]:
+    """The same events again, ``seconds`` later."""
+    return [{name: value + seconds if name in ("when", "start") else value for name, value in event.items()}
+            for event in told()]  # fmt: skip
