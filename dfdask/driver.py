@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from dfdask.items import Item
     from dfdask.stages.check import Inspected
+    from dfdask.targets import Location
 
 logger = logging.getLogger("dfdask")
 POLL_SECONDS = 0.5
@@ -359,11 +360,12 @@ def _load_seconds(work: Work, stage: str) -> float:
     return sum(work.weights.get(stage, {}).values()) / LOAD_BYTES_PER_SECOND
 
 
-def token_for(fingerprint: str, output: str) -> str:
+def token_for(fingerprint: str, place: Location) -> str:
     """The same for the same run: tasks of an earlier client that still run are taken over, not done twice."""
     import hashlib
 
-    return hashlib.sha256(f"{fingerprint}\n{output}".encode()).hexdigest()[:8]
+    where = f"{place.endpoint or ''}\n{place.root}/{place.name}"  # two servers may have buckets of the same name
+    return hashlib.sha256(f"{fingerprint}\n{where}".encode()).hexdigest()[:8]
 
 
 def _explained(error: BaseException | None) -> DfdaskError:

@@ -84,6 +84,12 @@ def classes_of(scale: Scale) -> list[WorkerClass]:
     return [WorkerClass(name, int(most[name]), int(least[name]), price[name]) for name in most]
 
 
+def is_followed(cluster: Any) -> bool:
+    """Whether ``adapt`` was called for it and goes on; what a job's ``scale`` began is no hindrance to the next."""
+    follower = getattr(cluster, "_adaptive", None)
+    return isinstance(follower, Elastic) and follower.state != "stopped" and not follower.of_a_job
+
+
 @dataclass
 class _Arrivals:
     """Of one class: when those that are not there yet were asked for, and how long it takes by experience."""
@@ -128,6 +134,7 @@ class Elastic(Adaptive):
     ) -> None:
         self.backend, self.classes = backend, tuple(classes)
         self.deadline, self.budget, self.patience = deadline, budget, patience
+        self.of_a_job = False  # told by a job's `scale`, not by whoever owns the cluster
         self.decision: Decision | None = None
         self.decisions: deque[tuple[float, Decision]] = deque(maxlen=1000)
         self.spent = 0.0

@@ -32,8 +32,9 @@ class Progress:
 
     ``items`` counts the rows of the output; ``committed_items`` those that the store holds, of which
     ``resumed_items`` were there before this process started and ``failed_items`` carry an error.
-    ``items_per_second`` and ``eta_seconds`` are None until the first commit of this process. ``unserved`` are stages
-    that no worker may run now, ``starting`` the workers that a cluster which follows its work has asked for.
+    ``items_per_second`` and ``eta_seconds`` are None until an item is through the last stage, and in a pause.
+    ``unserved`` are stages that no worker may run now, ``starting`` the workers that a cluster which follows its work
+    has asked for.
     """
 
     run: str

@@ -45,10 +45,13 @@ class JobCluster:
         return str(link) if link else None
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to open it, beside what its job does meanwhile; who asks for the client begins it too."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def client(self) -> Client:
         """Wait for the client. Raises ClusterError."""
+        self.start()
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -63,9 +66,11 @@ class JobCluster:
 
     def close(self) -> None:
         """Close what was opened here; the user's own client stays."""
+        if self._thread.ident is None:
+            return
         self._thread.join()
-        if self._elastic is not None:
-            self._elastic.stop("the job ended")
+        if self._elastic is not None and self._fleet is not None:
+            self._elastic.stop("the job ended")  # on the user's own cluster it goes on until all workers have left
         if self._client is not None and self._client is not self._given:
             self._client.close(timeout=5)
         if self._fleet is not None:
@@ -105,7 +110,13 @@ class JobCluster:
         return client
 
     def _follow(self, cluster: Any, scale: Scale) -> None:
-        from dfdask.elastic import adapt, classes_of
+        from dfdask.elastic import adapt, classes_of, is_followed
 
+        if is_followed(cluster):
+            raise SpecError(
+                "scale: this cluster follows its work already, as adapt() was told; leave `scale` out, or call "
+                "stop() of what adapt() returned"
+            )
         options = {} if self._fleet is None else dict.fromkeys(scale.classes("max"), self._fleet.worker)
         self._elastic = adapt(cluster, classes_of(scale), deadline=scale.deadline, budget=scale.budget, options=options)
+        self._elastic.of_a_job = True

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dfdask.batching import default_shard_items, even_batch
-from dfdask.errors import RunChangedError, SpecError
+from dfdask.errors import DfdaskError, RunChangedError, SpecError
 from dfdask.prompts import ItemTable
 from dfdask.spec import JobSpec, diff_specs
 from dfdask.store import RunStore
 from dfdask.store_layout import Layout
-from dfdask.targets import Location
+from dfdask.targets import Location, resolve_output
 
 if TYPE_CHECKING:
     from dfdask.job_cluster import JobCluster
@@ -124,3 +125,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def seems_complete(spec: JobSpec) -> bool:
+    """Whether there is a run of that name on a disk with every shard: then no cluster has to start, most likely."""
+    with suppress(DfdaskError):
+        location = resolve_output(spec.output) if spec.output else None
+        if location is not None and location.kind == "local" and RunStore.exists(location):
+            store = RunStore.open(location)
+            return len(store.committed()) == store.layout.shards
+    return False

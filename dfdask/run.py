@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,8 @@ from dfdask.batching import shard_count
 from dfdask.errors import DfdaskError, JobStopped, SpecError
 from dfdask.events import Phase, Progress, ShardCommitted, StageProgress
 from dfdask.job_cluster import JobCluster
-from dfdask.prepare import check_roles, check_same, create_store, unoccupied, versions
+from dfdask.leaving import before_exit
+from dfdask.prepare import check_roles, check_same, create_store, seems_complete, unoccupied, versions
 from dfdask.prompts import ItemTable, read_items
 from dfdask.spec import JobSpec, fingerprint
 from dfdask.stages.model import ModelRef, model_ref, with_defaults
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
 
     from dfdask.driver import Work
 
+LEAVE_SECONDS = 60.0  # for a job to stop when its program ends
+
 
 def submit(
     job: JobSpec | Mapping[str, Any] | str | Path | None = None,
     *,
     client: Client | None = None,
-    scheduler: str | None = None,
+    scheduler: str | Mapping[str, Any] | None = None,
     new_run: bool = False,
     retry_failed: bool = False,
     on_commit: Callable[[ShardCommitted], None] | None = None,
@@ -42,29 +46,46 @@ def submit(
     """Start a job, or go on with it, and return at once.
 
     ``job`` is a JobSpec, a mapping, the path of a YAML file, or None with the job's keys as ``fields``. It runs on
-    ``client``'s cluster, on the one of ``scheduler``, or else on worker processes of this machine. With
-    ``new_run`` a run of its own is made where one of that name exists; with ``retry_failed`` items of the run that
-    failed are done again, with the others of their shards. ``on_commit`` is called for each shard that
-    is committed; what it raises is ignored.
+    ``client``'s cluster, on the one at the address ``scheduler`` (a mapping is the job's key of that name, the noise
+    scheduler), or else on worker processes of this machine. With ``new_run`` a run of its own is made where one of
+    that name exists; with ``retry_failed`` items of the run that failed are done again, with the others of their
+    shards. ``on_commit`` is called for each shard that is committed; an Exception that it raises becomes a warning.
+    A program that ends before its job stops it: see ``Run.wait``.
 
     Raises SpecError, PromptError, ModelError, StorageError (RunChangedError where a run of that name was made from
     another spec) and ClusterError. What goes wrong later is raised by ``Run.wait``.
     """
     import dfdask.driver  # noqa: F401  two threads must not be the first to import distributed at once
 
+    if isinstance(scheduler, Mapping):
+        fields, scheduler = {**fields, "scheduler": scheduler}, None
     spec = with_defaults(_spec(job, fields))
     if client is not None and not hasattr(client, "register_plugin"):
         raise SpecError(f"client: must be a distributed.Client, got {client!r}; an address goes to `scheduler`")
-    cluster = JobCluster(client, scheduler, spec)
-    cluster.start()  # while this thread reads and checks the job
+    if client is not None and scheduler is not None:
+        raise SpecError(f"scheduler: there is a client already, got {scheduler!r} too; leave one of them out")
+    return _begin(spec, None, lambda: JobCluster(client, scheduler, spec), new_run, retry_failed, on_commit)
+
+
+def _begin(
+    spec: JobSpec,
+    location: Location | None,
+    make_cluster: Callable[[], JobCluster],
+    new_run: bool,
+    retry_failed: bool,
+    on_commit: Callable[[ShardCommitted], None] | None,
+) -> Run:
+    """``location`` None: where ``spec`` says."""
+    cluster = make_cluster()
+    if not seems_complete(spec):
+        cluster.start()  # while this thread reads and checks the job
     try:
         table = read_items(spec)
         ref = model_ref(spec)
-        run = _prepare(spec, ref, table, new_run, retry_failed, cluster)
+        run = _prepare(spec, ref, table, location, new_run, retry_failed, cluster)
         if run.progress.committed_shards < run.progress.shards:
             cluster.client()  # raises where there is none
-        same = spec.replace(output=run.location.address)
-        run._again = lambda: submit(same, client=client, scheduler=scheduler, retry_failed=True, on_commit=on_commit)
+        run._again = lambda: _begin(spec, run.location, make_cluster, False, True, on_commit)
         run._start(cluster, on_commit)
     except BaseException:
         cluster.close()
@@ -86,8 +107,11 @@ class Run:
         self._work: Work | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._over = threading.Event()  # a Thread whose join was interrupted says that it has ended (Python 3.11)
         self._stopping = threading.Event()
         self._pausing = threading.Event()
+        self._paused_at = 0.0
+        self._paused_seconds = 0.0
         self._again: Callable[[], Run] | None = None
         self._phase: Phase | None = None
         self._stages: tuple[StageProgress, ...] = ()
@@ -129,8 +153,9 @@ class Run:
         todo = layout.items - self._resumed
         through = self._stages[-1].done - self._resumed if self._stages else 0
         made = min(max(self._computed_items, through), todo)
-        if made and now > self._began:
-            rate = made / (now - self._began)
+        worked = now - self._began - self._paused_seconds
+        if made and worked > 0 and phase != "paused":
+            rate = made / worked
             eta = (todo - made) / rate
         return Progress(
             run=self.name,
@@ -154,10 +179,8 @@ class Run:
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until the job ends, at most ``timeout`` seconds. Raises what ended it, or TimeoutError."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                raise TimeoutError(f"{self.name} is still running after {timeout} s")
+        if self._is_going_on and not self._over.wait(timeout):
+            raise TimeoutError(f"{self.name} is still running after {timeout} s")
         if self._error is not None:
             raise self._error
         return self
@@ -170,10 +193,14 @@ class Run:
 
     def pause(self) -> None:
         """Hand out no more shards until ``resume``; those that were handed out are finished."""
+        if not self._pausing.is_set():
+            self._paused_at = time.monotonic()
         self._pausing.set()
 
     def resume(self) -> None:
         """Go on after ``pause``."""
+        if self._pausing.is_set():
+            self._paused_seconds += time.monotonic() - self._paused_at
         self._pausing.clear()
 
     def retry_failed(self) -> Run:
@@ -183,7 +210,7 @@ class Run:
         """
         if self._again is None:
             raise DfdaskError(f"{self.name} was only opened here; submit its job with retry_failed=True")
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_going_on:
             raise DfdaskError(f"{self.name} is {self._phase}; wait for it, or stop it, before failed items are retried")
         return self._again()
 
@@ -213,6 +240,10 @@ class Run:
 
         return html(self.progress)
 
+    @property
+    def _is_going_on(self) -> bool:
+        return self._thread is not None and not self._over.is_set()
+
     def _count(self, commits: Iterable[Mapping[str, Any]]) -> None:
         """These are done, and no others."""
         kept = list(commits)
@@ -227,6 +258,15 @@ class Run:
             self._dashboard = cluster.dashboard
         self._thread = threading.Thread(target=self._follow, args=(cluster,), name="dfdask-driver", daemon=True)
         self._thread.start()
+        before_exit(self._leave)
+
+    def _leave(self) -> None:
+        """The program ends: without this, the cluster would be taken apart while the job runs."""
+        if self._is_going_on:
+            print(f"{self.name}: the program ends before its job, which is stopped; call wait() to see it through",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            self.stop()
+            self._over.wait(LEAVE_SECONDS)
 
     def _follow(self, cluster: JobCluster) -> None:
         from dfdask.driver import Driver
@@ -253,6 +293,7 @@ class Run:
             finally:  # whoever waits for the end has to see it
                 self._ended = time.monotonic()
                 self._phase = phase
+                self._over.set()
 
     def _recount(self) -> None:
         """By the store: of what was to be replaced some is there still, and not all that was written was told."""
@@ -305,7 +346,13 @@ def _spec(job: JobSpec | Mapping[str, Any] | str | Path | None, fields: Mapping[
 
 
 def _prepare(
-    spec: JobSpec, ref: ModelRef, table: ItemTable, new_run: bool, retry_failed: bool, cluster: JobCluster
+    spec: JobSpec,
+    ref: ModelRef,
+    table: ItemTable,
+    location: Location | None,
+    new_run: bool,
+    retry_failed: bool,
+    cluster: JobCluster,
 ) -> Run:
     """The run's store, new or the one that is there already, and the work that is left."""
     from dfdask.driver import Work, missing_shards, token_for
@@ -314,7 +361,7 @@ def _prepare(
     if ref.adapters:
         canonical["adapter_digests"] = [adapter.digest for adapter in ref.adapters]
     identity = fingerprint(canonical, table.digest())
-    location = resolve_output(spec.output or f"local/run-{identity[:8]}")
+    location = location or resolve_output(spec.output or f"local/run-{identity[:8]}")
     if new_run:
         location = unoccupied(location)
     weights, streamed = component_bytes(ref)
@@ -340,7 +387,7 @@ def _prepare(
         table=table,
         batch=made.get("batch", spec.batch),  # runs of earlier versions do not name it
         shards=missing_shards(shard_count(layout.items, layout.shard_items), run._shards),
-        token=token_for(identity, f"{location.root}/{location.name}"),
+        token=token_for(identity, location),
         provenance={"versions": made_with},
         cost_key=cost_key(spec, ref),
         weights=weights,

@@ -217,10 +217,12 @@ def _by_path(text: str) -> Location:
 def _by_url(url: str) -> Location:
     """An ``s3://`` URL as dfdask prints it; the endpoint comes from the target that it lies in."""
     root, _, name = url.removeprefix("s3://").rstrip("/").rpartition("/")
-    for file in target_files().values():
-        target = read_target(file)
-        if url.startswith("s3://") and target.kind == "s3" and target.root == root:
-            return _below(target, name, url)
+    targets = {called: read_target(file) for called, file in target_files().items()}
+    there = {called: target for called, target in targets.items() if target.kind == "s3" and target.root == root}
+    if url.startswith("s3://") and there:
+        if len({target.options.get("endpoint") for target in there.values()}) > 1:
+            raise StorageError(f"{url!r} may be in any of {', '.join(sorted(there))}; write <target>/{name}")
+        return _below(next(iter(there.values())), name, url)
     raise StorageError(
         f"no storage target holds {url!r}; describe its bucket in ./{STORAGE_FOLDER}/<target>.yaml and write "
         "<target>/<name>"

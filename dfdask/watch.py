@@ -98,7 +98,7 @@ def states(store: RunStore, scheduler: str | None) -> Iterator[tuple[Progress, s
         from dfdask.driver import token_for
 
         cluster_state(scheduler)  # raises where there is none
-        token = token_for(store.attributes["dfdask"]["fingerprint"], f"{store.location.root}/{store.location.name}")
+        token = token_for(store.attributes["dfdask"]["fingerprint"], store.location)
     ended_at = None
     while True:
         progress, remark = watched.progress(time.time())

@@ -17,6 +17,7 @@ from dfdask.errors import ClusterError, ModelError
 from dfdask.flow import WINDOW_BATCHES_PER_WORKER
 from dfdask.run import submit
 from dfdask.spec import WorkerGroup
+from dfdask.targets import Location
 
 
 class Counting(SchedulerPlugin):
@@ -162,8 +163,11 @@ def test_what_a_task_died_of_is_explained(error: BaseException | None, kind: typ
 
 
 def test_tokens_name_a_run_in_a_place() -> None:
-    assert token_for("a", "b") == token_for("a", "b")
-    assert len({token_for("a", "b"), token_for("a", "c"), token_for("c", "b")}) == 3
+    b, c = Location("local", "/runs", "b"), Location("local", "/runs", "c")
+    near, far = (Location("s3", "bucket/runs", "b", endpoint=f"http://{host}:9000") for host in ("near", "far"))
+    assert token_for("a", b) == token_for("a", Location("local", "/runs", "b"))
+    assert len({token_for("a", b), token_for("a", c), token_for("c", b)}) == 3
+    assert token_for("a", near) != token_for("a", far), "buckets of the same name on two servers"
 
 
 def test_missing_shards_are_in_order() -> None:

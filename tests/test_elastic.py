@@ -325,6 +325,26 @@ def test_a_job_brings_up_its_own_workers(tmp_path: Path, monkeypatch: pytest.Mon
     assert run.wait().progress.committed_items == 60
 
 
+def test_a_users_own_adapt_stands_and_what_a_job_started_leaves(tmp_path: Path) -> None:
+    job = {"model": {"fake": {"stages": {"encode": 0.01, "denoise": 0.05}}}, "prompts": ["a"] * 8, "scale": {"max": 1}}
+    options = {"n_workers": 0, "threads_per_worker": 1, "silence_logs": "ERROR"}
+    with (
+        dask.config.set(SETTINGS),
+        LocalCluster(**options, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        own = adapt(cluster, [WorkerClass("big", 1)], interval=0.2)
+        with pytest.raises(SpecError, match="follows its work already"):
+            dfdask.submit(job, output=str(tmp_path / "one"), client=client)
+        assert own.state != "stopped" and cluster._adaptive is own
+        own.stop()
+        for name in ("two", "three"):
+            dfdask.submit(job, output=str(tmp_path / name), client=client).wait(60)
+        assert isinstance(cluster._adaptive, elastic_module.Elastic)
+        cluster._adaptive.patience = 0.5
+        until(lambda: not cluster.worker_spec, 40, "the worker of the jobs to leave")
+
+
 @pytest.mark.parametrize("where", [{"scheduler": "tcp://127.0.0.1:1"}, {"client": "plain"}])
 def test_a_job_cannot_scale_what_its_process_did_not_start(where: dict[str, Any], client: Client) -> None:
     given = {"client": client} if "client" in where else where

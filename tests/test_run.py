@@ -298,3 +298,42 @@ def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path) -> None:
 def test_an_address_is_no_client() -> None:
     with pytest.raises(SpecError, match=r"client: must be a distributed.Client, got 'tcp://x:1'; .* `scheduler`"):
         submit(model={"fake": {}}, prompts=["a"], client="tcp://x:1")  # type: ignore[arg-type]
+
+
+def test_the_noise_scheduler_may_be_a_keyword_beside_a_client(client: Client, tiny: Tiny, tmp_path: Path) -> None:
+    fields = job(str(tiny("sd")), tmp_path, arguments={"num_inference_steps": 2, **ARGUMENTS["sd"]})
+    run = submit(fields, client=client, scheduler={"class": "EulerDiscreteScheduler"}).wait(60)
+    assert run.spec["scheduler"]["class"] == "EulerDiscreteScheduler"
+    with pytest.raises(SpecError, match="there is a client already, got 'tcp://127.0.0.1:1' too"):
+        submit(fields, client=client, scheduler="tcp://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_program_that_ends_before_its_job_stops_it(tmp_path: Path, interrupted: bool) -> None:
+    fields = fake(tmp_path, items=400, fields={"stages": {"encode": 0.0, "denoise": 0.05}}, workers=1)
+    wait = "os.kill(os.getpid(), signal.SIGINT); run.wait()" if interrupted else ""
+    script = f"""
+import dfdask, os, signal, time
+if __name__ == "__main__":
+    run = dfdask.submit(**{fields!r})
+    while not run.progress.committed_items:
+        time.sleep(0.05)
+    {wait}
+"""
+    (tmp_path / "script.py").write_text(script)
+    told = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert told.stderr.count("Traceback") == interrupted, told.stderr
+    assert "the program ends before its job, which is stopped" in told.stderr
+    run = open_run(fields["output"])
+    assert 0 < run.progress.committed_items < 400 and run.store.verify() == []
+    assert run.store.last_end()["reason"] == "stopped"
+
+
+def test_a_complete_run_needs_no_cluster(tmp_path: Path) -> None:
+    fields = fake(tmp_path, items=4)
+    submit(fields, workers=1).wait(60)
+    again = submit(fields, scheduler="tcp://127.0.0.1:1").wait(60)  # nobody is there, and nobody is asked
+    assert (again.progress.phase, again.progress.resumed_items, again.failures()) == ("finished", 4, [])

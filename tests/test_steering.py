@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ from distributed import Client
 from fleet import until
 
 from dfdask import cluster
-from dfdask.errors import ClusterError, DfdaskError
+from dfdask.errors import ClusterError, DfdaskError, StorageError
 from dfdask.events import ShardCommitted
 from dfdask.run import Run, open_run, submit
 from dfdask.stages.fake import fake_pixels
+from dfdask.targets import Location
 
 
 def job(folder: Path, items: int = 60, **fake: Any) -> dict[str, Any]:
@@ -52,6 +56,33 @@ def test_pause_hands_out_nothing_more_and_resume_goes_on(client: Client, tmp_pat
     assert run.progress.phase == "finished", "there is nothing to pause any more"
 
 
+def test_an_interrupted_wait_ends_no_job(client: Client, tmp_path: Path) -> None:
+    run = submit(**job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.05, "decode": 0.0}), client=client)
+    interrupt = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        run.wait(30)
+    with pytest.raises(TimeoutError):
+        run.wait(0.1)
+    with pytest.raises(DfdaskError, match="is running; wait for it"):
+        run.retry_failed()
+    run.stop()
+    assert run.wait(60).progress.phase == "stopped"
+
+
+def test_a_pause_has_no_speed_and_takes_nothing_off_it(client: Client, tmp_path: Path) -> None:
+    run = submit(**job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.02, "decode": 0.0}), client=client)
+    until(lambda: run.progress.committed_items > 20, 30, "a part")
+    run.pause()
+    assert (run.progress.items_per_second, run.progress.eta_seconds) == (None, None)
+    paused = run.progress
+    time.sleep(4)
+    run.resume()
+    assert (run.progress.items_per_second or 0.0) >= paused.committed_items / paused.elapsed_seconds * 0.9
+    run.stop()
+    run.wait(60)
+
+
 def test_a_paused_job_can_be_stopped_and_gone_on_with(client: Client, tmp_path: Path) -> None:
     fields = job(tmp_path, items=200, stages={"encode": 0.0, "denoise": 0.01, "decode": 0.0})
     run = submit(**fields, client=client)
@@ -82,6 +113,18 @@ def test_failed_items_are_done_again_once_the_cause_is_mended(client: Client, tm
         assert (data.image.values[row] == fake_pixels(int(seed), 8, 8)).all()
     assert again.store.verify() == []
     assert again.retry_failed().wait(timeout=60).progress.resumed_items == 60, "nothing has failed, nothing is done"
+
+
+def test_a_retry_goes_where_the_run_is(s3: Location, tmp_path: Path) -> None:
+    """Another server has a bucket of the same name; by its URL alone nobody can tell which of them is meant."""
+    here = (tmp_path / "storage/bucket.yaml").read_text()
+    (tmp_path / "storage/another.yaml").write_text(re.sub("endpoint: .*", "endpoint: http://127.0.0.1:9", here))
+    fields = {**job(tmp_path, items=4, fail=["item-1"]), "output": f"bucket/{s3.name}", "workers": 1}
+    run = submit(**fields).wait(timeout=60)
+    again = run.retry_failed().wait(timeout=60)
+    assert again.location == run.location == s3 and again.progress.resumed_items == 2
+    with pytest.raises(StorageError, match="may be in any of another, bucket; write <target>/"):
+        open_run(str(s3))
 
 
 def test_a_retry_takes_nothing_back_before_it_has_something_better(
