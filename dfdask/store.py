@@ -96,7 +96,7 @@ class RunStore:
         with storage_errors(f"cannot open the run {location}"):
             data = Objects(location).get(ROOT_KEY)
         if data is None:
-            raise RunNotFoundError(f"there is no run {location}; start it with dfdask run, or check the name")
+            raise RunNotFoundError(f"there is no run {location.address}; start it with dfdask run, or check the name")
         try:
             root = json.loads(data)
             about = root["attributes"]["dfdask"]["layout"]
