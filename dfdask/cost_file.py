@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def load_costs() -> list[dict[str, Any]]:
         return []
 
 
+@lru_cache  # each only once, for it is tried again at the end of every job
+def _warn(problem: str) -> None:
+    _logger.warning("costs are not kept for later runs: %s", problem)
+
+
 def save_costs(costs: list[dict[str, Any]]) -> None:
     """Replace the file at once: a reader sees the old one or the new one."""
     folder = cache_folder()
@@ -56,4 +62,4 @@ def save_costs(costs: list[dict[str, Any]]) -> None:
                 os.unlink(file.name)
                 raise
     except (OSError, ValueError) as error:
-        _logger.warning("costs are not kept for later runs: %s", error)
+        _warn(str(error))

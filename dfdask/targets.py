@@ -142,6 +142,7 @@ def probe_key() -> str:
 def storage_error(what: str, error: BaseException, advice: str = "") -> StorageError:
     """``error`` in one line, without the debugging output of the storage library and without secrets."""
     text = str(error).split("\n\nDebug source")[0]
+    text = re.sub(r"<\?xml.*<Message>(.*?)</Message>.*</Error>", r"\1", text, flags=re.DOTALL)  # what S3 answers
     text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
     for variable in SECRET_VARIABLES:
         if len(secret := os.environ.get(variable, "")) >= 4:

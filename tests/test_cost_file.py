@@ -114,8 +114,9 @@ def test_a_folder_that_cannot_be_made_warns(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DFDASK_CACHE", str(tmp_path / "file" / "cache"))
-    save_costs(learnt().to_json())
-    assert "costs are not kept for later runs" in caplog.text and load_costs() == []
+    for _ in range(2):
+        save_costs(learnt().to_json())
+    assert caplog.text.count("costs are not kept for later runs") == 1 and load_costs() == []
 
 
 def test_a_file_that_cannot_be_replaced_leaves_no_other_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

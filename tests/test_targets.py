@@ -318,5 +318,8 @@ def test_errors_are_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2!")
     text = str(storage_error("cannot write", OSError("denied\n  for hunter2!\n\nDebug source:\nGeneric { ... }")))
     assert text == "cannot write: denied for <AWS_SECRET_ACCESS_KEY>"
+    answer = '404 Not Found: <?xml version="1.0"?>\n<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist'
+    answer += "</Message><RequestId>x1</RequestId></Error>"
+    assert str(storage_error("cannot read", OSError(answer))) == "cannot read: 404 Not Found: The bucket does not exist"
     assert str(storage_error("cannot read", ValueError(""))) == "cannot read: ValueError"
     assert "free some space" in str(storage_error("cannot write", OSError(28, os.strerror(28))))
