@@ -73,12 +73,15 @@ class Preload(WorkerPlugin):
 
 
 def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
-    """Have a stage's weights where they are computed with, unless there is something to do by now."""
+    """Have a stage's weights where they are computed with, unless there is something to do by now, or it cannot be loaded."""
     with _importing:
         began = time.perf_counter()
         if worker.state.executing_count or worker.state.ready or worker.state.in_flight_tasks_count:
             return None
-        held, came = _ready(pickle.loads(ref), stage, worker)
+        try:
+            held, came = _ready(pickle.loads(ref), stage, worker)
+        except DfdaskError:  # its first task will say so; Dask would write a traceback here
+            return None
     return {"seconds": time.perf_counter() - began if came else 0.0, "holds": _holds(held) or []}
 
 
