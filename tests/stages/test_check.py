@@ -10,7 +10,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny_families
 import torch
+from pictures import make_picture
+from tiny_families import FROM_PICTURES, MASKED
 from tiny_models import ARGUMENTS, SIZE
 
 from dfdask.errors import DfdaskError, ModelError, SpecError
@@ -130,6 +133,24 @@ def test_the_job_refuses_steps_that_no_pipeline_takes(steps: object) -> None:
 def test_what_the_pipeline_says_is_passed_on(tiny: Tiny, family: str, arguments: dict[str, Any], part: str) -> None:
     said = message(tiny(family), {**ARGUMENTS[family], **arguments})
     assert part in said and "item-0" in said
+
+
+@pytest.mark.parametrize("family", sorted(FROM_PICTURES - {"flux_kontext"}))
+def test_a_picture_that_is_missing_is_named(tiny: Tiny, family: str) -> None:
+    arguments = tiny_families.ARGUMENTS[family]
+    said = message(tiny(family), arguments)
+    assert "arguments.image: is missing" in said and "item-0" in said
+    picture = make_picture(1)
+    if family in MASKED:
+        pictured = {**arguments, "image": picture, "mask_image": picture}
+        said = message(tiny(family), pictured, {**arguments, "image": picture})
+        assert "arguments.mask_image: is missing" in said and "item-1" in said
+    else:
+        check(tiny(family), {**arguments, "image": picture})
+
+
+def test_a_picture_that_is_an_option_may_be_missing(tiny: Tiny) -> None:
+    check(tiny("flux_kontext"), tiny_families.ARGUMENTS["flux_kontext"])
 
 
 def test_every_combination_is_checked_and_texts_make_none(tiny: Tiny) -> None:
