@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dfdask.arguments import canonical_json, nearest
+from dfdask.arguments import USUAL_ARGUMENTS, canonical_json, check_argument_name, nearest
 from dfdask.errors import ModelError, SpecError
 from dfdask.images import Picture, is_picture
 from dfdask.items import Item, pictures_in
@@ -110,8 +110,7 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
     accepted = inspect.signature(pipeline.__call__).parameters
     for argument in item.arguments:
         if argument not in accepted:
-            hint = nearest(argument, list(accepted)) or f"; it takes {', '.join(accepted)}"
-            raise SpecError(f"arguments: {kind} has no argument {argument!r}{hint}")
+            raise SpecError(f"arguments: {kind} has no argument {argument!r}{_hint(argument, accepted)}")
     _check_pictures(kind, accepted, item)
     if stages == (WHOLE,):
         return _whole_shape(pipeline, item)
@@ -155,6 +154,24 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
         _check_size(pipeline, item, "width", width)
     frames = local.get("num_frames")
     return (frames, height, width) if isinstance(frames, int) else (height, width)
+
+
+def _hint(argument: str, accepted: Mapping[str, inspect.Parameter]) -> str:
+    """The argument that may be meant, else all that a job may set."""
+    names = [name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    names = [name for name in names if _may_be_set(name)]
+    usual = [name for name in names if name in USUAL_ARGUMENTS and argument in name.split("_")]
+    if len(usual) == 1:  # a word of a usual name says more than letters in common: "steps" means no `timesteps`
+        return f"; did you mean {usual[0]!r}?"
+    return nearest(argument, names) or f"; it takes {', '.join(names)}"
+
+
+def _may_be_set(name: str) -> bool:
+    try:
+        check_argument_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_pictures(kind: str, accepted: Mapping[str, inspect.Parameter], item: Item) -> None:

@@ -16,6 +16,7 @@ from pictures import make_picture
 from tiny_families import FROM_PICTURES, MASKED
 from tiny_models import ARGUMENTS, SIZE
 
+from dfdask.arguments import check_argument_name
 from dfdask.errors import DfdaskError, ModelError, SpecError
 from dfdask.items import Item
 from dfdask.spec import FakeStages, JobSpec
@@ -95,8 +96,17 @@ def test_an_unknown_argument_names_the_nearest(tiny: Tiny, family: str) -> None:
 def test_an_unknown_argument_that_is_near_to_nothing_names_them_all(tiny: Tiny) -> None:
     said = message(tiny("sd"), {"xyz": 3.0})
     assert "has no argument 'xyz'" in said
-    for name in ("height", "guidance_scale", "num_inference_steps"):
-        assert name in said
+    names = said.partition("; it takes ")[2].split(", ")
+    assert {"height", "guidance_scale", "num_inference_steps", "negative_prompt", "timesteps"} <= {*names}
+    for name in names:
+        assert check_argument_name(name) and name != "kwargs", "a job may set it"
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"), [("steps", "num_inference_steps"), ("guidance", "guidance_scale"), ("timestep", "timesteps")]
+)
+def test_a_word_of_a_usual_argument_means_that_one(tiny: Tiny, argument: str, meant: str) -> None:
+    assert f"has no argument {argument!r}; did you mean {meant!r}?" in message(tiny("sd"), {argument: 3})
 
 
 @pytest.mark.parametrize(("name", "pixels", "advice"), [("height", 60, "56 or 64"), ("width", 33, "32 or 40")])
