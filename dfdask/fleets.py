@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from dfdask.capacity import usable
 from dfdask.errors import SpecError
@@ -38,13 +39,21 @@ class WorkerClass:
     memory_bytes: int = 0  # 0: not known, and no limit
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise SpecError(f"scale: the name of a class must be text, got {self.name!r}; write e.g. gpu")
+        for what, count in (("min", self.minimum), ("max", self.maximum), ("memory", self.memory_bytes)):
+            if not isinstance(count, Integral) or isinstance(count, bool):
+                raise SpecError(f"scale: {self.name}: {what} must be a whole number, got {count!r}; write e.g. 2")
         if not 0 <= self.minimum <= self.maximum:
             raise SpecError(
                 f"scale: {self.name}: needs 0 <= min <= max, got min {self.minimum} and max {self.maximum}; change one"
             )
         for what, value in (("price", self.price_per_hour), ("startup", self.startup_seconds)):
-            if not (math.isfinite(value) and value >= 0):
-                raise SpecError(f"scale: {self.name}: {what} must be a number of at least 0, got {value!r}")
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (is_number and math.isfinite(value) and value >= 0):
+                raise SpecError(
+                    f"scale: {self.name}: {what} must be a number of at least 0, got {value!r}; write e.g. 0.5"
+                )
 
 
 @dataclass(frozen=True, slots=True)

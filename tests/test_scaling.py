@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,3 +304,26 @@ def test_classes_say_what_is_wrong_with_them() -> None:
         WorkerClass("big", 2, 3)
     with pytest.raises(SpecError, match="big: price must be a number of at least 0, got nan"):
         WorkerClass("big", 2, price_per_hour=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("a", "2"), "scale: a: max must be a whole number, got '2'; write e.g. 2"),
+        (("a", 2.5), "scale: a: max must be a whole number, got 2.5"),
+        (("a", True), "scale: a: max must be a whole number, got True"),
+        (("a", 2, None), "scale: a: min must be a whole number, got None"),
+        (("a", 2, 0, "1"), "scale: a: price must be a number of at least 0, got '1'"),
+        (("a", 2, 0, 1.0, None), "scale: a: startup must be a number of at least 0, got None"),
+        (("a", 2, 0, 1.0, 1.0, "80 GB"), "scale: a: memory must be a whole number, got '80 GB'"),
+        ((3, 2), "scale: the name of a class must be text, got 3"),
+    ],
+)
+def test_classes_take_numbers_only(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)) as caught:
+        WorkerClass(*values)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert WorkerClass("a", np.int64(2), np.int32(1), np.float32(0.5)).maximum == 2
