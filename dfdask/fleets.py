@@ -111,6 +111,19 @@ class Frontier:
         known = set().union(*self.seconds.values()) if self.seconds else set()
         return [place for place in range(len(self.works)) if place not in known]
 
+    def is_untried(self, kind: WorkerClass) -> bool:
+        """Whether a class may be able to do work that nobody knows its time of, because it was never there.
+
+        What is there has a time for all that it can do, if only a guess.
+        """
+        if not kind.maximum or self.fleet.ready.get(kind.name) or self.fleet.others.get(kind.name):
+            return False
+        return any(
+            not work.options.get(kind.name)
+            and (not kind.memory_bytes or any(usable(options, kind.memory_bytes) for options in work.options.values()))
+            for work in self.works
+        )
+
     def rate(self, counts: Counts) -> float:
         """Price of an hour."""
         return sum(kind.price_per_hour * counts.get(kind.name, 0) for kind in self.classes)
