@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from dfdask.capacity import usable
 from dfdask.errors import SpecError
@@ -38,13 +39,21 @@ class WorkerClass:
     memory_bytes: int = 0  # 0: not known, and no limit
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise SpecError(f"scale: the name of a class must be text, got {self.name!r}; write e.g. gpu")
+        for what, count in (("min", self.minimum), ("max", self.maximum), ("memory", self.memory_bytes)):
+            if not isinstance(count, Integral) or isinstance(count, bool):
+                raise SpecError(f"scale: {self.name}: {what} must be a whole number, got {count!r}; write e.g. 2")
         if not 0 <= self.minimum <= self.maximum:
             raise SpecError(
                 f"scale: {self.name}: needs 0 <= min <= max, got min {self.minimum} and max {self.maximum}; change one"
             )
         for what, value in (("price", self.price_per_hour), ("startup", self.startup_seconds)):
-            if not (math.isfinite(value) and value >= 0):
-                raise SpecError(f"scale: {self.name}: {what} must be a number of at least 0, got {value!r}")
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (is_number and math.isfinite(value) and value >= 0):
+                raise SpecError(
+                    f"scale: {self.name}: {what} must be a number of at least 0, got {value!r}; write e.g. 0.5"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,19 @@ class Frontier:
         """Works that nobody knows a time of, on any class."""
         known = set().union(*self.seconds.values()) if self.seconds else set()
         return [place for place in range(len(self.works)) if place not in known]
+
+    def is_untried(self, kind: WorkerClass) -> bool:
+        """Whether a class may be able to do work that nobody knows its time of, because it was never there.
+
+        What is there has a time for all that it can do, if only a guess.
+        """
+        if not kind.maximum or self.fleet.ready.get(kind.name) or self.fleet.others.get(kind.name):
+            return False
+        return any(
+            not work.options.get(kind.name)
+            and (not kind.memory_bytes or any(usable(options, kind.memory_bytes) for options in work.options.values()))
+            for work in self.works
+        )
 
     def rate(self, counts: Counts) -> float:
         """Price of an hour."""

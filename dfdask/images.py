@@ -52,9 +52,20 @@ class Picture:
         try:
             with Image.open(io.BytesIO(self.data), formats=FORMATS) as image:
                 upright: Image.Image = ImageOps.exif_transpose(image)
-                return upright.convert("RGB")
+                return _eight_bits(upright).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"the picture {self.name!r} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _eight_bits(image: Any) -> Any:
+    """Grey of 16 bits scaled to 8: PIL itself would cut every value off at 255."""
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).clip(0, 65535)
+    return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def is_picture(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,7 +54,8 @@ def _placed(path: Where, what: str, lines: Lines) -> str:
 
 def _what(found: dict[str, Any], fields: Mapping[str, FieldInfo], path: Where) -> str:
     name, got = str(path[-1]) if path else "", shown(found["input"])
-    example = fields[name].examples if name in fields else None
+    field = fields.get(name) or next((one for one in fields.values() if one.alias == name), None)
+    example = field.examples if field else None
     advice = f"; write e.g. {name}: {example[0]}" if example else ""
     match found["type"]:
         case "value_error":
@@ -64,6 +66,8 @@ def _what(found: dict[str, Any], fields: Mapping[str, FieldInfo], path: Where) -
             return f"is no key of a job, got {got}; move it below `arguments`"
         case "extra_forbidden":
             return f"unknown key, got {got}{nearest(name, fields)} (known keys: {', '.join(fields)})"
+        case "string_pattern_mismatch" if ending := _missing_ending(found["input"], found["ctx"]["pattern"]):
+            return f"must end in {ending}, got {got}{advice}"
         case "string_pattern_mismatch":
             return f"must be a plain name, got {got}; remove the special characters"
         case "string_too_short" | "too_short":
@@ -71,6 +75,13 @@ def _what(found: dict[str, Any], fields: Mapping[str, FieldInfo], path: Where) -
         case kind:
             what = _KINDS.get(kind) or found["msg"].replace("Input should be", "must be")
             return f"{what}, got {got}{advice}"
+
+
+def _missing_ending(text: str, pattern: str) -> str:
+    """The word that ``pattern`` wants at the end, a point before it included, where ``text`` does not end in it."""
+    found = re.search(r"((?:\\\.)?[A-Za-z]+)\$$", pattern)
+    ending = found[1].replace("\\", "") if found else ""
+    return "" if text.endswith(ending) else ending
 
 
 _KINDS = {

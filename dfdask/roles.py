@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from dfdask.controller import Controller
+from dfdask.controller import Controller, Decision
 from dfdask.dispatch import Dispatcher, Kind
 from dfdask.events import RolesChanged
 from dfdask.ledger import Ledger
@@ -75,7 +76,7 @@ class Roles:
         decision = self._controller.decide()
         placement = decision.placement
         seconds = max(placement.seconds.values(), default=0.0)
-        stay = seconds * placement.score / placement.stay_score if placement.stay_score > 0 else seconds
+        stay = self._stay_seconds(seconds, decision)
         for address, shares in decision.shares.items():
             account = self._ledger.workers[address]
             before, account.shares = account.shares, shares
@@ -92,6 +93,23 @@ class Roles:
             self._seconds[run] = placement.seconds.get(run, 0.0)
             self.impossible[run] = tuple(stage for job, stage in placement.impossible if job == run)
         self._decided, self._took_seconds = time.monotonic(), time.thread_time() - began
+
+    def _stay_seconds(self, seconds: float, decision: Decision) -> float:
+        """Until the last job would end with the roles that were there; NaN where some of the work had no worker.
+
+        To be asked before the shares are taken over. A job that does not advance has no end to compare with.
+        """
+        placement, accounts = decision.placement, self._ledger.workers
+        served = {kind for each in decision.shares for kind, share in accounts[each].shares.items() if share > 0}
+        waiting = {
+            (run, stage.name)
+            for run, facts in self._controller.jobs.items()
+            for stage in facts.stages
+            if self._controller.left((run, stage.name))
+        }
+        if waiting - served - set(placement.impossible):
+            return math.nan
+        return seconds * placement.score / placement.stay_score if placement.stay_score > 0 else seconds
 
     def forget(self, run: str) -> None:
         self._seconds.pop(run, None)

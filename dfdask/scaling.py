@@ -22,11 +22,12 @@ MARGIN = 0.1
 """Of a deadline, kept in reserve; and the part by which another fleet must be faster or cheaper."""
 _HOUR = 3600.0
 
-Reason = Literal["idle", "deadline", "late", "pays off", "probe", "impossible", "budget", "spent", "as it is"]
+Reason = Literal["idle", "deadline", "late", "trial", "pays off", "probe", "impossible", "budget", "spent", "as it is"]
 _WHY: Mapping[Reason, str] = {
     "idle": "nothing to do",
     "deadline": "the cheapest that meets the deadline",
     "late": "the fastest there may be, and the deadline will be missed",
+    "trial": "the deadline will be missed with the classes that are known, and one more is tried",
     "pays off": "as many as pay off within the limits",
     "probe": "to learn how long a stage takes",
     "impossible": "no worker there may be can run what is left",
@@ -98,7 +99,8 @@ def decide(
 ) -> tuple[Decision, State]:
     """What to have now, and what to remember. A work without ``options`` for a class cannot run there.
 
-    Where no class is known to run a work, one worker of a class is tried after the other, cheapest first.
+    Where no class is known to run a work, one worker of a class is tried after the other, cheapest first; and so it
+    is with classes that nobody knows where the others will miss the deadline.
     """
     frontier = Frontier(works, classes, fleet)
     stay = frontier.predict({kind.name: fleet.count(kind.name) for kind in classes})
@@ -154,7 +156,7 @@ def _wanted(frontier: Frontier, stay: Forecast, limits: Limits) -> tuple[Forecas
         latest = limits.deadline_seconds * (1 - MARGIN)
         meeting = [one for one in affordable if one.seconds <= latest]
         if not meeting:
-            return _fastest(frontier, affordable), "late"
+            return _trial(frontier, _fastest(frontier, affordable), limits)
         chosen, reason = min(meeting, key=lambda one: (frontier.weight(one), one.seconds)), "deadline"
     if allowed and _is_good(frontier, stay, limits, chosen):
         return stay, "as it is"
@@ -201,6 +203,24 @@ def _probe(frontier: Frontier, stay: Forecast, limits: Limits) -> tuple[Forecast
         counts = {kind.name: kind.minimum for kind in frontier.classes}
     busy = any(counts.values()) or any(fleet.others.values())
     return Forecast(counts, math.inf, 0.0), "probe" if busy else "impossible"
+
+
+def _trial(frontier: Frontier, fastest: Forecast, limits: Limits) -> tuple[Forecast, Reason]:
+    """The fastest fleet of known classes is late: it, and one worker of the cheapest class that is not known.
+
+    One that starts is kept; who would come when all is over teaches nothing. The budget must have room for it until
+    it could leave again.
+    """
+    starting = frontier.fleet.starting
+    for kind in sorted(filter(frontier.is_untried, frontier.classes), key=lambda kind: frontier.weights[kind.name]):
+        if min(starting.get(kind.name) or (kind.startup_seconds,)) >= fastest.seconds:
+            continue
+        counts = {**fastest.counts, kind.name: max(fastest.counts[kind.name], 1)}
+        more = frontier.rate(counts) - frontier.rate(fastest.counts)
+        cost = fastest.cost + more * (kind.startup_seconds + PATIENCE_SECONDS) / _HOUR
+        if limits.budget is None or (cost <= limits.budget and _affordable(frontier, counts, limits)):
+            return Forecast(counts, fastest.seconds, cost), "trial"
+    return fastest, "late"
 
 
 def _most_for_the_money(frontier: Frontier, found: Sequence[Forecast], limits: Limits) -> tuple[Forecast, Reason]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -150,6 +151,21 @@ def test_a_picture_stands_upright() -> None:
     Image.new("RGB", (8, 4)).save(file, "JPEG", exif=exif)
     assert images._size("a.jpg", file.getvalue()) == (4, 8)
     assert Picture("a.jpg", "", 4, 8, file.getvalue()).open().size == (4, 8)
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image"])
+def test_grey_of_16_bits_is_scaled(tmp_path: Path, job: Callable[..., ItemTable], name: str) -> None:
+    values = np.array([[0, 128, 129, 257], [1000, 25_700, 65_406, 65_535]], np.uint16)
+    file = tmp_path / "jobs" / "grey.png"
+    file.parent.mkdir()
+    Image.fromarray(values).save(file)
+    picture = job(**{name: "grey.png"}).items(0, 1)[0].arguments[name]
+    pixels = np.asarray(picture.open())
+    assert pixels.shape == (2, 4, 3) and pixels.dtype == np.uint8
+    assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [4, 100, 254, 255]]
+    assert picture.digest == hashlib.sha256(file.read_bytes()).hexdigest(), "of the file, not of its pixels"
+    wide = Image.fromarray(values).convert("I")  # as older versions of PIL open it
+    assert np.array_equal(np.asarray(images._eight_bits(wide)), pixels[..., 0])
 
 
 def test_pictures_of_one_size_share_a_call() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from dfdask import roles
 from dfdask.controller import Controller, JobFacts, StageFacts
-from dfdask.dispatch import Dispatcher
-from dfdask.ledger import Ledger
+from dfdask.dispatch import Dispatcher, Seat
+from dfdask.events import RolesChanged
+from dfdask.ledger import Ledger, WorkerAccount
 from dfdask.placement import Device
 from dfdask.roles import Roles
 
@@ -167,6 +169,40 @@ def test_a_forecast_ages(decided: Roles, clock: Clock) -> None:
     assert decided.forecast_seconds == {"job": 6.0, "never": math.inf}
     clock.now += 40.0
     assert decided.forecast_seconds["job"] == 0.0
+
+
+class Scheduler:
+    """One that has no workers to show the roles of."""
+
+    workers: dict[str, Any] = {}
+
+
+def test_roles_without_a_worker_for_some_work_have_no_end_to_compare_with() -> None:
+    controller, dispatcher, ledger = Controller(), Dispatcher(), Ledger()
+    found = Roles(dispatcher, controller, ledger)
+    for name in ("w0", "w1"):
+        controller.add_device(Device(name))
+        dispatcher.join(name, Seat(()))
+        ledger.workers[name] = WorkerAccount(name, "", 0, 0, 0.0, None)
+
+    def decided() -> list[float]:
+        ledger.events.clear()
+        found.decide(Scheduler(), "test")  # type: ignore[arg-type]
+        return [event.stay_seconds for _, event in ledger.events if isinstance(event, RolesChanged)]
+
+    controller.add_job(JobFacts("job", "model", (StageFacts("stage"),), 10_000))
+    decided()
+    controller.add_job(JobFacts("other", "else", (StageFacts("one"), StageFacts("two")), 100))
+    stays = decided()
+    assert stays and all(map(math.isnan, stays)), "nobody would ever run the new job"
+    for kind, seconds in ((("other", "one"), 2.0), (("other", "two"), 9.0), (KIND, 0.1)):
+        for _ in range(50):
+            controller.finished(kind, 1, "w0", seconds)
+    controller.add_device(Device("w2"))
+    dispatcher.join("w2", Seat(()))
+    ledger.workers["w2"] = WorkerAccount("w2", "", 0, 0, 0.0, None)
+    stays = decided()
+    assert stays and all(map(math.isfinite, stays)), "every stage has a worker"
 
 
 def test_a_stage_that_does_not_fit_is_streamed_in_turns_with_the_others() -> None:

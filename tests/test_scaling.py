@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,6 +198,59 @@ def test_unknown_stages_are_tried_on_one_class_after_the_other() -> None:
     assert nobody.reason == "impossible"
 
 
+def test_an_unknown_class_is_tried_where_the_known_ones_are_late() -> None:
+    kinds = [WorkerClass("small", 1, 0, 0.1), WorkerClass("big", 4, 0, 1.0), WorkerClass("huge", 4, 0, 9.0)]
+    limit, fleet = Limits(20.0, 1.0), Fleet({"small": 1})
+    first, state = decide(work(400, small=1.0), kinds, fleet, limit, State(), 0.0)
+    assert (first.reason, first.counts) == ("trial", {"small": 1, "big": 1, "huge": 0})
+    assert "1 small, 1 big: the deadline will be missed with the classes that are known" in first.explain()
+    coming = Fleet({"small": 1}, {"big": [10.0]})
+    waiting, state = decide(work(395, small=1.0), kinds, coming, limit, state, 100.0)
+    assert (waiting.reason, waiting.wanted) == ("trial", first.counts), "one at a time, and it is waited for"
+    known = work(390, small=1.0, big=0.2)
+    next_one, _ = decide(known, kinds, Fleet({"small": 1, "big": 1}), limit, State(), 110.0)
+    assert next_one.reason == "trial" and next_one.counts == {"small": 1, "big": 4, "huge": 1}
+    assert decide(known, kinds[:2], Fleet({"small": 1, "big": 1}), limit, State(), 110.0)[0].reason == "late"
+
+
+@pytest.mark.parametrize(
+    ("items", "change", "budget"),
+    [
+        (400, {"maximum": 0}, 1.0),
+        (400, {"price_per_hour": 50.0}, 1.0),
+        (400, {"startup_seconds": 900.0}, 1.0),
+        (400, {"memory_bytes": 24}, 1.0),
+        (30_000, {}, 1.05),
+    ],
+)
+def test_an_unknown_class_is_not_tried_in_vain(items: int, change: dict[str, Any], budget: float) -> None:
+    big = replace(WorkerClass("big", 4, 0, 9.0), **change)
+    option = Option(1.0, 1, {"transformer": 40})
+    load = [StageWork("a", "denoise", items, {"small": [option]})]
+    kinds, fleet = [WorkerClass("small", 1, 0, 0.1), big], Fleet({"small": 1})
+    decision, _ = decide(load, kinds, fleet, Limits(20.0, budget), State(), 0.0)
+    assert (decision.reason, decision.counts) == ("late", {"small": 1, "big": 0})
+    assert decide(load, kinds, Fleet({"small": 1, "big": 1}), Limits(20.0), State(), 0.0)[0].reason == "late"
+    plain = [kinds[0], WorkerClass("big", 4)]
+    assert decide(load, plain, fleet, Limits(20.0, budget), State(), 0.0)[0].reason == "trial"
+
+
+@given(works(), classes(), fleets(), limits, st.sets(st.sampled_from(("big", "small")), max_size=1))
+@settings(max_examples=30, deadline=None)
+def test_a_trial_keeps_the_limits(
+    load: list[StageWork], kinds: list[WorkerClass], fleet: Fleet, limit: Limits, unknown: set[str]
+) -> None:
+    load = [replace(one, options={name: one.options[name] for name in {*one.options} - unknown}) for one in load]
+    decision, _ = decide(load, kinds, fleet, limit, State(), 0.0)
+    for kind in kinds:
+        assert decision.wanted[kind.name] <= kind.maximum
+    if decision.reason == "trial":
+        assert len(kinds) == 2 and limit.deadline_seconds is not None
+        assert all(decision.wanted[name] >= 1 for name in unknown)
+        assert limit.budget is None or decision.cost <= limit.budget
+    assert decision.explain()
+
+
 def test_a_class_with_too_little_memory_is_not_asked_for() -> None:
     heavy = Option(1.0, 1, {"transformer": 40})
     load = [StageWork("a", "denoise", 100, {"big": [heavy], "small": [heavy]})]
@@ -301,3 +357,26 @@ def test_classes_say_what_is_wrong_with_them() -> None:
         WorkerClass("big", 2, 3)
     with pytest.raises(SpecError, match="big: price must be a number of at least 0, got nan"):
         WorkerClass("big", 2, price_per_hour=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("a", "2"), "scale: a: max must be a whole number, got '2'; write e.g. 2"),
+        (("a", 2.5), "scale: a: max must be a whole number, got 2.5"),
+        (("a", True), "scale: a: max must be a whole number, got True"),
+        (("a", 2, None), "scale: a: min must be a whole number, got None"),
+        (("a", 2, 0, "1"), "scale: a: price must be a number of at least 0, got '1'"),
+        (("a", 2, 0, 1.0, None), "scale: a: startup must be a number of at least 0, got None"),
+        (("a", 2, 0, 1.0, 1.0, "80 GB"), "scale: a: memory must be a whole number, got '80 GB'"),
+        ((3, 2), "scale: the name of a class must be text, got 3"),
+    ],
+)
+def test_classes_take_numbers_only(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)) as caught:
+        WorkerClass(*values)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert WorkerClass("a", np.int64(2), np.int32(1), np.float32(0.5)).maximum == 2

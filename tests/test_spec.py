@@ -98,6 +98,12 @@ def test_python_sources_become_lists() -> None:
         ({"model": {"fake": {"stages": {"a": -1}}}}, "model.fake.stages.a: .*got -1"),
         ({"model": {"fake": {"stages": {"a": float("inf")}}}}, "model.fake.stages.a: .*finite"),
         ({"model": {"fake": {"stages": {"a b": 1}}}}, "model.fake.stages.a b: must be a plain name"),
+        (
+            {"scheduler": {"class": "NoSuch"}},
+            "scheduler.class: must end in Scheduler, got 'NoSuch'; write e.g. class: EulerDiscreteScheduler",
+        ),
+        ({"scheduler": {"class": "a.DDIMScheduler"}}, "scheduler.class: must be a plain name, got 'a.DDIMScheduler'"),
+        ({"adapters": [{"path": "a", "weight_name": "b.bin"}]}, r"weight_name: must end in \.safetensors, got 'b.bin'"),
         ({"model": {"fake": {"fail": ["x"], "fail_stage": "no"}}}, "`fail_stage` must be one of"),
         ({"model": {"fake": {"wdth": 1}}}, "model.fake.wdth: .*did you mean 'width'"),
         ({"workers": 0}, "workers: .*got 0"),

@@ -77,13 +77,13 @@ def adapter_file(source: str, weight_name: str | None, revision: str | None) -> 
 def load_adapters(pipeline: Any, adapters: tuple[AdapterRef, ...]) -> None:
     """Load them with diffusers' own ``load_lora_weights``; components that are phantoms let them pass.
 
-    Raises ModelError.
+    Raises ModelError, also for one that has nothing for any component: diffusers would go on without it.
     """
     if not adapters:
         return
     if not hasattr(pipeline, "load_lora_weights"):
         raise ModelError(f"adapters: {type(pipeline).__name__} takes no LoRA adapters; remove them")
-    names = []
+    paths: dict[str, Path] = {}
     for place, adapter in enumerate(adapters):
         path = adapter_file(adapter.source, adapter.weight_name, adapter.revision)
         if _digest(path) != adapter.digest:
@@ -91,9 +91,10 @@ def load_adapters(pipeline: Any, adapters: tuple[AdapterRef, ...]) -> None:
                 f"adapters: {path} on this worker differs from the one that the job was submitted with; put the same "
                 "file on every machine"
             )
-        names.append(f"adapter_{place}")
+        name = f"adapter_{place}"
+        paths[name] = path
         try:
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=names[-1])
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
         except Exception as error:
             what = " ".join(str(error).split())[:300]
             raise ModelError(
@@ -101,7 +102,14 @@ def load_adapters(pipeline: Any, adapters: tuple[AdapterRef, ...]) -> None:
                 "that was made for this model"
             ) from None
     present = {name for found in pipeline.get_list_adapters().values() for name in found}
-    chosen = [(name, adapter.scale) for name, adapter in zip(names, adapters, strict=True) if name in present]
+    passed = {name for part in pipeline.components.values() for name in getattr(part, "passed_adapters", ())}
+    for name, path in paths.items():
+        if name not in present | passed:
+            raise ModelError(
+                f"adapters: {path} has no weights for any component of {type(pipeline).__name__}; use a LoRA that was "
+                "made for this model"
+            )
+    chosen = [(name, adapter.scale) for name, adapter in zip(paths, adapters, strict=True) if name in present]
     if chosen:
         pipeline.set_adapters([name for name, _ in chosen], [scale for _, scale in chosen])
 

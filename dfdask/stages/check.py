@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dfdask.arguments import canonical_json, nearest
+from dfdask.arguments import USUAL_ARGUMENTS, canonical_json, check_argument_name, nearest
 from dfdask.errors import ModelError, SpecError
-from dfdask.images import Picture
+from dfdask.images import Picture, is_picture
 from dfdask.items import Item, pictures_in
 from dfdask.stages.call import pipeline_call
 from dfdask.stages.cut import StopStage, open_pipeline, pipeline_anatomy, stage_names
 from dfdask.stages.model import WHOLE, ModelRef, locate
 
 _MAX_CHECKED = 1000
+_FROM_A_PICTURE = ("Img2Img", "Inpaint", "ImageToVideo", "Image2Video")
+"""Parts of the names of pipelines that do nothing without the argument ``image``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,8 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
     accepted = inspect.signature(pipeline.__call__).parameters
     for argument in item.arguments:
         if argument not in accepted:
-            hint = nearest(argument, list(accepted)) or f"; it takes {', '.join(accepted)}"
-            raise SpecError(f"arguments: {kind} has no argument {argument!r}{hint}")
+            raise SpecError(f"arguments: {kind} has no argument {argument!r}{_hint(argument, accepted)}")
+    _check_pictures(kind, accepted, item)
     if stages == (WHOLE,):
         return _whole_shape(pipeline, item)
     for name in ("height", "width"):
@@ -142,6 +144,8 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
     width = local.get("orig_width", local.get("width"))
     overlaid = item.arguments.get("padding_mask_crop") is not None
     if "height" not in accepted or overlaid:
+        if item.arguments.get("image") is None and "image" in accepted:
+            raise _missing("image", kind, item)
         height, width = _picture_size(pipeline, item, overlaid)
     if not isinstance(height, int) or not isinstance(width, int):
         raise SpecError(f"arguments: {kind} does not say which size it makes; set height and width")
@@ -150,6 +154,40 @@ def _shape(pipeline: Any, item: Item, stages: tuple[str, ...]) -> tuple[int, ...
         _check_size(pipeline, item, "width", width)
     frames = local.get("num_frames")
     return (frames, height, width) if isinstance(frames, int) else (height, width)
+
+
+def _hint(argument: str, accepted: Mapping[str, inspect.Parameter]) -> str:
+    """The argument that may be meant, else all that a job may set."""
+    names = [name for name, parameter in accepted.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    names = [name for name in names if _may_be_set(name)]
+    usual = [name for name in names if name in USUAL_ARGUMENTS and argument in name.split("_")]
+    if len(usual) == 1:  # a word of a usual name says more than letters in common: "steps" means no `timesteps`
+        return f"; did you mean {usual[0]!r}?"
+    return nearest(argument, names) or f"; it takes {', '.join(names)}"
+
+
+def _may_be_set(name: str) -> bool:
+    try:
+        check_argument_name(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_pictures(kind: str, accepted: Mapping[str, inspect.Parameter], item: Item) -> None:
+    """Most pipelines call their pictures optional and fail on None later, some with odd words, some in a stage."""
+    starts_from_one = "mask_image" in accepted or any(word in kind for word in _FROM_A_PICTURE)
+    for name, parameter in accepted.items():
+        needed = parameter.default is parameter.empty or (starts_from_one and name in ("image", "mask_image"))
+        if is_picture(name) and needed and item.arguments.get(name) is None:
+            raise _missing(name, kind, item)
+
+
+def _missing(name: str, kind: str, item: Item) -> SpecError:
+    return SpecError(
+        f"arguments.{name}: is missing, and {kind} needs this picture (item {item.id!r}); give its file in `arguments` "
+        "or with each prompt"
+    )
 
 
 def _picture_size(pipeline: Any, item: Item, overlaid: bool) -> tuple[int | None, int | None]:

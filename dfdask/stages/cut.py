@@ -49,7 +49,7 @@ class Phantom:
     """Looks like a component (configuration, dtype, attributes) but holds no weights and is no Module."""
 
     def __init__(self, model: Any, dtype: Any, device: Any) -> None:
-        self.__dict__.update(_model=model, dtype=dtype, device=device)
+        self.__dict__.update(_model=model, dtype=dtype, device=device, passed_adapters=set())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)
@@ -71,10 +71,19 @@ class Phantom:
             self._model.to(dtype=wanted)
         return self
 
-    def pass_by(self, *args: Any, **kwargs: Any) -> None:
-        """Adapters are loaded where the weights are."""
+    def load_lora_adapter(
+        self, state_dict: dict[str, Any], prefix: str | None = "transformer", *, adapter_name: str, **_: Any
+    ) -> None:
+        """Adapters are loaded where the weights are; here is only noted that this one has some for the component.
 
-    load_lora_adapter = load_adapter = pass_by
+        As in diffusers, ``prefix`` tells them: it also calls this for components that the adapter has nothing for.
+        """
+        if any(prefix is None or key.startswith(f"{prefix}.") for key in state_dict):
+            self.passed_adapters.add(adapter_name)
+
+    def load_adapter(self, *, adapter_name: str, **_: Any) -> None:
+        """Of an encoder, called only where there are weights for it."""
+        self.passed_adapters.add(adapter_name)
 
 
 def import_libraries() -> None:

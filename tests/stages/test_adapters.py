@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import ARGUMENTS, Pixels
 
 from dfdask.errors import DfdaskError, ModelError, SpecError
@@ -157,6 +157,33 @@ def test_an_adapter_that_does_not_fit_or_was_changed(tiny: Tiny, lora: Path, tmp
     changed = replace(ref, adapters=(replace(ref.adapters[0], digest="other"),))
     with pytest.raises(ModelError, match="differs from the one that the job was submitted with"):
         PipelineStage(changed, "encode")
+
+
+def unet_only(lora: Path, folder: Path) -> Path:
+    weights = load_file(lora / "pytorch_lora_weights.safetensors")
+    path = folder / "unet.safetensors"
+    save_file({key: tensor for key, tensor in weights.items() if key.startswith("unet.")}, path)
+    return path
+
+
+def test_an_adapter_may_have_nothing_for_the_components_of_a_stage(tiny: Tiny, lora: Path, tmp_path: Path) -> None:
+    ref = model_ref(spec(tiny("sd"), adapters=[{"path": unet_only(lora, tmp_path)}]))
+    check_job(ref, make_items("sd"))
+    for stage, found in (("encode", {}), ("denoise", {"unet": ["adapter_0"]}), ("decode", {})):
+        assert open_pipeline(ref, stage, "cpu").get_list_adapters() == found
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
+def test_an_adapter_of_another_model_is_refused(tiny: Tiny, lora: Path, tmp_path: Path, family: str) -> None:
+    own, foreign = tmp_path / "own.safetensors", unet_only(lora, tmp_path)
+    save_file({"transformer.x.lora_A.weight": torch.ones(1, 1), "transformer.x.lora_B.weight": torch.ones(1, 1)}, own)
+    ref = model_ref(spec(tiny(family), adapters=[{"path": own}, {"path": foreign}]))
+    with pytest.raises(ModelError, match=r"unet\.safetensors .*use a LoRA that was made for this model") as caught:
+        check_job(ref, make_items(family))
+    assert "\n" not in str(caught.value)
+    for stage in stage_names(tiny(family)):
+        with pytest.raises(ModelError, match="use a LoRA that was made for this model"):
+            PipelineStage(model_ref(spec(tiny(family), adapters=[{"path": foreign}])), stage)
 
 
 def test_they_are_part_of_the_run(lora: Path) -> None:

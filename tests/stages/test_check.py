@@ -10,9 +10,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny_families
 import torch
+from pictures import make_picture
+from tiny_families import FROM_PICTURES, MASKED
 from tiny_models import ARGUMENTS, SIZE
 
+from dfdask.arguments import check_argument_name
 from dfdask.errors import DfdaskError, ModelError, SpecError
 from dfdask.items import Item
 from dfdask.spec import FakeStages, JobSpec
@@ -92,8 +96,17 @@ def test_an_unknown_argument_names_the_nearest(tiny: Tiny, family: str) -> None:
 def test_an_unknown_argument_that_is_near_to_nothing_names_them_all(tiny: Tiny) -> None:
     said = message(tiny("sd"), {"xyz": 3.0})
     assert "has no argument 'xyz'" in said
-    for name in ("height", "guidance_scale", "num_inference_steps"):
-        assert name in said
+    names = said.partition("; it takes ")[2].split(", ")
+    assert {"height", "guidance_scale", "num_inference_steps", "negative_prompt", "timesteps"} <= {*names}
+    for name in names:
+        assert check_argument_name(name) and name != "kwargs", "a job may set it"
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"), [("steps", "num_inference_steps"), ("guidance", "guidance_scale"), ("timestep", "timesteps")]
+)
+def test_a_word_of_a_usual_argument_means_that_one(tiny: Tiny, argument: str, meant: str) -> None:
+    assert f"has no argument {argument!r}; did you mean {meant!r}?" in message(tiny("sd"), {argument: 3})
 
 
 @pytest.mark.parametrize(("name", "pixels", "advice"), [("height", 60, "56 or 64"), ("width", 33, "32 or 40")])
@@ -130,6 +143,24 @@ def test_the_job_refuses_steps_that_no_pipeline_takes(steps: object) -> None:
 def test_what_the_pipeline_says_is_passed_on(tiny: Tiny, family: str, arguments: dict[str, Any], part: str) -> None:
     said = message(tiny(family), {**ARGUMENTS[family], **arguments})
     assert part in said and "item-0" in said
+
+
+@pytest.mark.parametrize("family", sorted(FROM_PICTURES - {"flux_kontext"}))
+def test_a_picture_that_is_missing_is_named(tiny: Tiny, family: str) -> None:
+    arguments = tiny_families.ARGUMENTS[family]
+    said = message(tiny(family), arguments)
+    assert "arguments.image: is missing" in said and "item-0" in said
+    picture = make_picture(1)
+    if family in MASKED:
+        pictured = {**arguments, "image": picture, "mask_image": picture}
+        said = message(tiny(family), pictured, {**arguments, "image": picture})
+        assert "arguments.mask_image: is missing" in said and "item-1" in said
+    else:
+        check(tiny(family), {**arguments, "image": picture})
+
+
+def test_a_picture_that_is_an_option_may_be_missing(tiny: Tiny) -> None:
+    check(tiny("flux_kontext"), tiny_families.ARGUMENTS["flux_kontext"])
 
 
 def test_every_combination_is_checked_and_texts_make_none(tiny: Tiny) -> None:
