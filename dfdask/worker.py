@@ -73,7 +73,7 @@ class Preload(WorkerPlugin):
 
 
 def _warm_up(worker: Any, ref: bytes, stage: str) -> dict[str, Any] | None:
-    """Have a stage's weights where they are computed with, unless there is something to do by now, or it cannot be loaded."""
+    """Have a stage's weights where they are computed with, unless there is something to do, or they cannot be."""
     with _importing:
         began = time.perf_counter()
         if worker.state.executing_count or worker.state.ready or worker.state.in_flight_tasks_count:
