@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -128,6 +129,7 @@ def _table(path: Path, records: Iterable[tuple[int, list[str]]], columns: Column
 
 
 _REQUIRED = ("prompt", "id")  # an empty cell of another column means: not given
+_WHOLE = frozenset({"seed", "num_inference_steps", "height", "width", "num_frames", "max_sequence_length"})
 
 
 def _jsonl(path: Path, columns: Columns) -> Iterator[Row]:
@@ -174,12 +176,21 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Row]:
                 for values in zip(*lists.values(), strict=True):
                     row += 1
                     given = zip(lists, values, strict=True)
-                    yield Row(row, {key: value for key, value in given if key in _REQUIRED or value is not None})
+                    yield Row(row, {key: as_whole(key, value) for key, value in given if not _is_blank(key, value)})
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PromptError(f"{path}: not a readable Parquet file: {first}; write it again") from None
+
+
+def _is_blank(key: str, value: Any) -> bool:
+    return key not in _REQUIRED and (value is None or (isinstance(value, float) and math.isnan(value)))
+
+
+def as_whole(key: str, value: Any) -> Any:
+    """``value``, 5 for 5.0 where whole numbers are needed: tables with blanks have no other numbers than floats."""
+    return int(value) if key in _WHOLE and isinstance(value, float) and value.is_integer() else value
 
 
 def choose(path: Path, names: Sequence[str], columns: Columns, where: str = "", sparse: bool = False) -> dict[str, str]:

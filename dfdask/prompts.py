@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -17,7 +18,7 @@ from dfdask.arguments import check_argument, checked_text, plain, shown
 from dfdask.errors import PromptError
 from dfdask.images import Picture, find_picture, is_picture
 from dfdask.item_table import ArgumentColumn, ItemTable, Kind, TextColumn
-from dfdask.prompt_files import Row, is_textual, read_rows, unit
+from dfdask.prompt_files import Row, as_whole, is_textual, read_rows, unit
 from dfdask.seeds import SEEDS, seed_from_key, text_key
 from dfdask.spec import ITEM_KEYS, JobSpec
 
@@ -128,8 +129,8 @@ class _Builder:
     def _seed(self, row: int, value: Any) -> int:
         if value is None:
             return -1
-        if self.textual and value.isascii() and value.isdigit() and len(value) <= 10:
-            value = int(value)
+        if self.textual and re.fullmatch(r"[0-9]{1,10}(\.0*)?", value):
+            value = int(value.partition(".")[0])
         value = self._checked(row, "seed", plain, value)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < SEEDS:
             raise self._error(row, "seed", f"must be a whole number from 0 to {SEEDS - 1}, got {shown(value)}")
@@ -237,7 +238,7 @@ def _typed(name: str, values: list[Any]) -> list[Any]:
     parsers: tuple[Callable[[str], Any], ...] = (int, float, {"true": True, "false": False}.__getitem__)
     for parse in parsers:
         try:
-            return [v if v is _UNSET else parse(v.strip().lower()) for v in values]
+            return [v if v is _UNSET else as_whole(name, parse(v.strip().lower())) for v in values]
         except (ValueError, KeyError):
             continue
     return values
