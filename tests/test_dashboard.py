@@ -22,9 +22,9 @@ from fleet import until
 from watcher import Watcher
 
 from dfdask.dashboard import Dashboard, cards
-from dfdask.dashboard.history import BAR_SECONDS, CALLS_A_LOOK, WINDOW_SECONDS, History, roles_text
+from dfdask.dashboard.history import BAR_SECONDS, CALLS_A_LOOK, WINDOW_SECONDS, History, roles_text, worker_text
 from dfdask.dashboard.palette import OTHERS, SLOTS, Palette
-from dfdask.dashboard.records import BIN_SECONDS, Tail
+from dfdask.dashboard.records import BIN_SECONDS, USES, Tail
 from dfdask.errors import JobStopped
 from dfdask.events import (
     ClusterState,
@@ -110,6 +110,30 @@ def test_running_calls_are_known_from_the_state() -> None:
     assert (bar.stage, bar.start, bar.end, bar.calls) == ("decode", NOW + 1, NOW + 4, 0)
 
 
+def test_after_a_pause_a_call_runs_from_when_it_came() -> None:
+    history = seen(call(NOW))
+    history.observe(state(NOW + 60), [])
+    history.observe(state(NOW + 61, worker(0, "decode"), worker(1)), [])
+    (bar,) = history.running()
+    assert (bar.start, bar.end) == (NOW + 60, NOW + 61), "it had no task for a minute"
+
+
+def test_what_was_shown_as_running_before_it_computed_stays() -> None:
+    history = seen(call(NOW - 1), when=NOW)
+    history.observe(state(NOW + 9, worker(0, "decode"), worker(1)), [])
+    history.observe(state(NOW + 12), numbered(call(NOW + 10, stage="decode"), call(NOW + 11, stage="decode"), first=1))
+    bars = [*history.bars.since(0), *history.growing()]
+    assert [(bar.start - NOW, bar.end - NOW, bar.calls) for bar in bars] == [(-1, 0, 1), (0, 10, 0), (10, 12, 2)]
+    assert sum(sum(one.stage_seconds.values()) for one in history.bins) == 13
+    assert sum(bar.items for bar in bars) == 12
+
+
+def test_what_a_call_loaded_is_drawn_before_it() -> None:
+    history = seen(replace(call(NOW), load_seconds=3.0), when=NOW + 1)
+    bars = [*history.bars.since(0), *history.growing()]
+    assert [(bar.start - NOW, bar.end - NOW, bar.calls) for bar in bars] == [(-3, 0, 0), (0, 1, 1)]
+
+
 def test_bins_hold_the_seconds_of_all_calls() -> None:
     start = NOW // BIN_SECONDS * BIN_SECONDS
     history = seen(call(start + 1, 4.0), call(start, 1.0, on=1), when=start + 6)
@@ -169,6 +193,37 @@ def test_a_job_that_ended_stays_for_a_while() -> None:
     text = cards.lanes(history, Palette())
     assert "<b>apples</b> finished at" in text and "98 of 100 items" in text and "3 failed" in text
     assert "3 failed items" in cards.failures(history)
+    assert "40 s device time" in text and "<th" not in text, "the heads are those of running jobs"
+    headline = cards.headline(history)
+    assert "<b>No</b> job is running" in headline and "<b>40 s</b> device time" in headline
+
+
+def test_what_a_job_spent_after_the_last_look_counts() -> None:
+    history = seen()
+    history.observe(state(NOW + 2, jobs=()), numbered(call(NOW), JobEnded(NOW + 1, "r1", "finished", 100, 98, 3)))
+    assert history.device_seconds == {"r1": 41.0}
+
+
+def test_a_device_time_that_is_not_known_is_not_shown() -> None:
+    history = History()
+    history.observe(state(NOW, jobs=()), numbered(call(NOW - 1), JobEnded(NOW, "r1", "finished", 100, 98, 3)))
+    assert "device time" not in cards.headline(history) + cards.lanes(history, Palette())
+
+
+def test_a_workers_number_does_not_read_like_a_count() -> None:
+    retag = RolesChanged(
+        NOW, "tcp://h:1", {}, {"r1/decode": 1.0}, "2 joined; tcp://h:3 left; x began", "split", 1.0, 1.0
+    )
+    history = seen(retag, WorkerLeft(NOW, "tcp://h:1", 2))
+    assert "<b>worker 1</b> worker 2 joined; worker h:3 left; x began: nothing" in cards.decisions(history)
+    assert "<b>worker 1</b> left; 2 tasks go elsewhere" in cards.failures(history)
+    assert worker_text("dfdask-worker-a1b2") == "dfdask-worker-a1b2"
+
+
+def test_the_legends_name_all_that_is_drawn() -> None:
+    stages, uses = cards.timeline_legend(Palette()), cards.uses_legend()
+    assert all(f"</i>{name}<" in stages for name in ("changed its role", "joined", "left"))
+    assert [name for name in (*USES, "idle") if f'title="{cards._USE_WORDS[name][1]}"' in uses] == [*USES, "idle"]
 
 
 def test_roles_as_text() -> None:
@@ -199,7 +254,7 @@ def test_texts_from_outside_are_escaped() -> None:
     history.observe(state(jobs=(job,)), numbered(*events))
     palette = Palette()
     texts = [cards.headline(history), cards.lanes(history, palette), cards.failures(history)]
-    texts += [cards.decisions(history), cards.pictures(history), cards.legend(palette.known())]
+    texts += [cards.decisions(history), cards.pictures(history), cards.timeline_legend(palette)]
     history.observe(state(NOW + 1, jobs=()), numbered(JobEnded(NOW, evil, evil), first=3))
     texts.append(cards.lanes(history, palette))
     for text in texts:

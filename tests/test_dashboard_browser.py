@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Page, open_page
+from browser import WALK, Page, open_page
 from distributed import Client
 from fleet import until
 
 from dfdask.cluster import LocalFleet
+from dfdask.errors import JobStopped
 from dfdask.run import Run, submit
 
 pytestmark = pytest.mark.browser
@@ -127,6 +129,36 @@ def check_plots(page: Page, items: int) -> None:
     predicted, measured = page.column("costs", "predicted"), page.column("costs", "measured")
     assert predicted and all(value > 0 for value in predicted + measured)
     assert max(page.column("held", "slot1")) > 0, "what was drawn waited for its decoding"
+
+
+@pytest.mark.parametrize("width", [1400, 800])
+def test_nothing_is_cut_or_sticks_out(client: Client, url: str, tmp_path: Path, width: int) -> None:
+    with open_page(url) as page:
+        window = {"width": width, "height": 1650, "deviceScaleFactor": 1, "mobile": False}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
+        run = start(client, tmp_path / "a-name-of-a-run-that-is-forty-letters-long", 400, fail=FAILS)
+        until(lambda: len(page.read("img[data-row]")) == 48, 60, "as many pictures as are shown")
+        until(lambda: page.read("[data-failure]"), 20, "a failure")
+        assert page.driver.execute_script(FITS) == [], "the page does not scroll sideways, no picture is cut"
+        assert all(one["text"].endswith(tuple(FAILS)) for one in page.read("[data-failure]"))
+        run.stop()
+        with suppress(JobStopped):
+            run.wait(60)
+
+
+FITS = (
+    WALK.replace("arguments[0]", "'.lanes, .pictures img, [data-failure]'")
+    + """
+const page = document.documentElement, right = document.querySelector("#dfdask").getBoundingClientRect().right;
+const cut = found.filter(one => {
+  const box = one.getBoundingClientRect(), around = one.parentElement.getBoundingClientRect();
+  const isShown = box.top < around.bottom - 1;
+  return isShown && (box.right > right || box.bottom > around.bottom + 1 || one.matches("li") &&
+    one.scrollWidth > one.clientWidth);
+});
+return [...cut.map(one => one.outerHTML.slice(0, 200)), ...page.scrollWidth > page.clientWidth ? ["the page"] : []]
+"""
+)
 
 
 def test_light_and_dark(url: str) -> None:

@@ -8,8 +8,8 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from dfdask.dashboard.history import History
-from dfdask.dashboard.palette import Palette
+from dfdask.dashboard.history import History, worker_text
+from dfdask.dashboard.palette import MARK_COLOURS, USE_COLOURS, Palette
 from dfdask.dashboard.records import USES, Failure, Mark
 from dfdask.words import brief, clipped, count, duration, percent, printable, rate, share, size
 
@@ -25,13 +25,16 @@ def headline(history: History) -> str:
     state = history.state
     if state is None:
         return '<p class="quiet">Waiting for the gate.</p>'
-    facts = [_fact(f"{len(state.jobs)}", "job" if len(state.jobs) == 1 else "jobs", "jobs")]
+    number, unit = f"{len(state.jobs)}", "job" if len(state.jobs) == 1 else "jobs"
+    facts = [_fact(number, unit, "jobs") if state.jobs else _fact("No", "job is running", "jobs")]
     facts.append(_fact(f"{len(state.workers):,}", "worker" if len(state.workers) == 1 else "workers", "workers"))
     left = [seconds for job in state.jobs if (seconds := _forecast(job)) is not None]
     if left and len(left) == len(state.jobs):
         facts.append(_fact(duration(max(left)), f"left, until {_clock(state.when + max(left), state.when)}", "left"))
-    spent = sum(stage.device_seconds for job in state.jobs for stage in job.stages)
-    facts.append(_fact(duration(spent), "device time", "device"))
+    runs = [job.run for job in state.jobs] or [past.run for past in history.ended]
+    spent = sum(history.device_seconds.get(run, 0.0) for run in runs)
+    if spent:
+        facts.append(_fact(duration(spent), "device time", "device"))
     if history.memory_bytes:
         facts.append(_fact(size(history.memory_bytes), "of the workers' memory", "memory"))
     uses = history.uses.since(history.uses.count - 10)
@@ -40,7 +43,7 @@ def headline(history: History) -> str:
         means["idle"] = 1 - sum(means.values())
         for name, mean in means.items():
             if mean >= 0.005 or name == "busy":
-                facts.append(_fact(f"{mean:.0%}", {"load": "loading"}.get(name, name), name))
+                facts.append(_fact(f"{mean:.0%}", _USE_WORDS[name][0], name))
     return f'<div class="facts">{"".join(facts)}</div>'
 
 
@@ -58,7 +61,10 @@ def lanes(history: History, palette: Palette) -> str:
         rows.append(f'<tr><td colspan="11" class="quiet">and {len(jobs) - JOBS_SHOWN} more jobs</td></tr>')
     for past in ended[: max(JOBS_SHOWN - len(jobs), 0)]:
         done = f"{past.committed_items:,} of {count(past.items, 'item')}"
-        failed = f' <span class="bad">{past.failed_items:,} failed</span>' if past.failed_items else ""
+        spent = history.device_seconds.get(past.run)
+        if spent:
+            done += f" &middot; {duration(spent)} device time"
+        failed = f' &middot; <span class="bad">{past.failed_items:,} failed</span>' if past.failed_items else ""
         rows.append(
             f'<tr class="job ended" data-run="{_text(past.run)}"><td colspan="11"><b>{_name(history, past.run)}</b> '
             f"{_text(past.reason)} at {time.strftime('%H:%M:%S', time.localtime(past.when))} "
@@ -67,7 +73,8 @@ def lanes(history: History, palette: Palette) -> str:
     head = "".join(
         f"<th{' class=wide' if name == 'items' else ''} title='{escape(why)}'>{name}</th>" for name, why in _HEADS
     )
-    return f'<table class="lanes"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    head = f"<thead><tr>{head}</tr></thead>" if jobs else ""  # ended jobs have none of these columns
+    return f'<div class="scroll"><table class="lanes">{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 _HEADS = (
@@ -134,7 +141,7 @@ def _stage(job: JobState, stage: StageState, history: History, palette: Palette)
         f"<td>{rate(speed).replace(' items', '').replace('/s', '') if speed is not None else ''}</td>",
         f"<td>{stage.workers:,}</td>",
         f"<td>{duration(stage.device_seconds)}</td>",
-        f"<td>{_cost(stage)}</td>",
+        f'<td class="cost">{_cost(stage)}</td>',
         f"<td>{size(stage.waiting_bytes) if stage.waiting_bytes else ''}</td>",
     ]
     data = " ".join(
@@ -152,7 +159,7 @@ def _stage(job: JobState, stage: StageState, history: History, palette: Palette)
 def _cost(stage: StageState) -> str:
     if stage.measured_seconds is None:
         return f'<span class="quiet">{brief(stage.predicted_seconds)}?</span>' if stage.predicted_seconds else ""
-    text = brief(stage.measured_seconds)
+    text = f"<span>{brief(stage.measured_seconds)}</span>"
     if stage.predicted_seconds is not None:
         text += f' <span class="quiet">of {brief(stage.predicted_seconds)}</span>'
     if stage.error is not None:
@@ -200,16 +207,48 @@ def pictures(history: History) -> str:
     return f'{title}<div class="pictures">{images}</div>'
 
 
-def legend(entries: list[tuple[str, str]]) -> str:
-    return "".join(
-        f'<span class="key"><i class="dot" style="background:{colour}"></i>{_text(name)}</span>'
-        for name, colour in entries
-    )
+def timeline_legend(palette: Palette) -> str:
+    """The stages' colours, and what else the timeline draws."""
+    keys = [_key(name, style=f"background:{colour}") for name, colour in palette.known()]
+    keys.append(_key("pale: runs now, or loaded or waited first", "dot pale"))
+    keys += [_key(name, "sign", f"color:{MARK_COLOURS[kind]}", sign) for kind, sign, name in _SIGNS]
+    return "".join(keys)
+
+
+_SIGNS = (
+    ("retag", "\N{BLACK DOWN-POINTING TRIANGLE}", "changed its role"),
+    ("joined", "\N{HEAVY GREEK CROSS}", "joined"),
+    ("left", "\N{HEAVY MULTIPLICATION X}", "left"),
+)
+
+
+def uses_legend() -> str:
+    """What the fleet spends its time with."""
+    keys = []
+    for use, (word, why) in _USE_WORDS.items():
+        colour = USE_COLOURS.get(use)
+        kind, style = ("dot", f"background:{colour}") if colour else ("dot hollow", "")
+        keys.append(_key(word, kind, style, why=why))
+    return "".join(keys)
+
+
+_USE_WORDS = {
+    "busy": ("busy", "has a task"),
+    "load": ("loading", "brings weights to its device"),
+    "blocked": ("blocked", "too many results wait for the next stage"),
+    "starving": ("starving", "nothing of its roles is ready"),
+    "idle": ("idle", "there is no work for it"),
+}
+
+
+def _key(name: str, kind: str = "dot", style: str = "", sign: str = "", why: str = "") -> str:
+    return f'<span class="key" title="{why}"><i class="{kind}" style="{style}">{sign}</i>{_text(name)}</span>'
 
 
 def _mark(mark: Mark, history: History) -> str:
+    worker = worker_text(history.label(mark.worker))
     return (
-        f'<li data-mark="{mark.kind}"><time>{_time(mark.when)}</time> <b>{_text(history.label(mark.worker))}</b> '
+        f'<li data-mark="{mark.kind}"><time>{_time(mark.when)}</time> <b>{_text(worker)}</b> '
         f"{_text(clipped(mark.text, 240))}</li>"
     )
 

@@ -21,8 +21,8 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from dfdask.dashboard.history import History, spread
-from dfdask.dashboard.palette import SLOTS, USE_COLOURS, Palette
+from dfdask.dashboard.history import History, spread, worker_text
+from dfdask.dashboard.palette import MARK_COLOURS, SLOTS, USE_COLOURS, Palette
 from dfdask.dashboard.records import BIN_SECONDS, USES, Bar, Held, Mark, Point, Tail, Use
 from dfdask.words import count, duration
 
@@ -39,19 +39,22 @@ class Timeline:
         self._palette = palette
         self._bars = _Stream({name: [] for name in _BAR_COLUMNS})
         self._now = ColumnDataSource({name: [] for name in _BAR_COLUMNS})
-        self._marks = _Stream({"when": [], "worker": [], "text": [], "marker": [], "colour": [], "edge": []})
+        self._marks = _Stream(
+            {"when": [], "worker": [], "name": [], "text": [], "marker": [], "colour": [], "edge": [], "line": []}
+        )
         self._x, self._y = Range1d(start=0, end=1), FactorRange(factors=[])
         self.figure = _figure(height=HEIGHT, x_range=self._x, y_range=self._y, name="timeline")
         shape: dict[str, Any] = {"y": "worker", "left": "left", "right": "right", "height": 0.7}
-        look: dict[str, Any] = {"fill_color": "colour", "line_color": None}
+        look: dict[str, Any] = {"fill_color": "colour", "fill_alpha": "alpha", "line_color": None}
         bars = self.figure.hbar(source=self._bars.source, **shape, **look)
-        now = self.figure.hbar(source=self._now, fill_alpha=0.55, **shape, **look)
+        now = self.figure.hbar(source=self._now, **shape, **look)
         marks = self.figure.scatter(
-            "when", "worker", source=self._marks.source, marker="marker", size=9, fill_color="colour", line_color="edge"
-        )
+            "when", "worker", source=self._marks.source, marker="marker", size=9, fill_color="colour",
+            line_color="edge", line_width="line",
+        )  # fmt: skip
         bar_text = [("worker", "@worker"), ("job", "@job"), ("stage", "@stage"), ("items", "@items"), ("", "@calls")]
         self.figure.add_tools(HoverTool(renderers=[bars, now], tooltips=bar_text, attachment="below"))
-        self.figure.add_tools(HoverTool(renderers=[marks], tooltips="<b>@worker</b> @text", attachment="above"))
+        self.figure.add_tools(HoverTool(renderers=[marks], tooltips="<b>@name</b> @text", attachment="above"))
         _clock(self.figure, 6)
 
     def push(self, history: History) -> None:
@@ -80,10 +83,11 @@ class Timeline:
             "stage": [bar.stage for bar in bars],
             "items": [bar.items for bar in bars],
             "calls": [_calls(bar) for bar in bars],
+            "alpha": [1.0 if bar.calls else 0.55 for bar in bars],
         }
 
 
-_BAR_COLUMNS = ("worker", "left", "right", "colour", "job", "stage", "items", "calls")
+_BAR_COLUMNS = ("worker", "left", "right", "colour", "job", "stage", "items", "calls", "alpha")
 
 
 class Crowd:
@@ -244,14 +248,15 @@ def _use_columns(uses: Sequence[Use]) -> dict[str, Any]:
 
 def _mark_columns(marks: Sequence[Mark], history: History) -> dict[str, Any]:
     markers = {"retag": "inverted_triangle", "joined": "plus", "left": "x"}
-    colours = {"retag": "#f2c744", "joined": "#35a583", "left": "#d9658b"}
     return {
         "when": [_moment(mark.when) for mark in marks],
         "worker": [history.label(mark.worker) for mark in marks],
+        "name": [worker_text(history.label(mark.worker)) for mark in marks],
         "text": [mark.text for mark in marks],
         "marker": [markers[mark.kind] for mark in marks],
-        "colour": [colours[mark.kind] for mark in marks],
-        "edge": [GREY if mark.kind == "retag" else colours[mark.kind] for mark in marks],
+        "colour": [MARK_COLOURS[mark.kind] for mark in marks],
+        "edge": [GREY if mark.kind == "retag" else MARK_COLOURS[mark.kind] for mark in marks],
+        "line": [3 if mark.kind == "left" else 1 for mark in marks],  # an x is nothing but its lines
     }
 
 
@@ -303,7 +308,10 @@ def _moment(when: float) -> float:
 
 
 def _calls(bar: Bar) -> str:
-    return f"{count(bar.calls, 'call')} in {duration(bar.end - bar.start)}" if bar.calls else "running"
+    spent = duration(bar.end - bar.start)
+    if bar.calls:
+        return f"{count(bar.calls, 'call')} in {spent}"
+    return f"loaded or waited for {spent}" if bar.run else "running"
 
 
 def _natural(label: str) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Reversible
 
@@ -61,10 +62,12 @@ class History:
         self.pictures: Tail[Picture] = Tail(48)
         self.failures: dict[tuple[str, str], Failure] = {}
         self.ended: deque[JobEnded] = deque(maxlen=4)
+        self.device_seconds: dict[str, float] = {}  # by run, of those that were seen while they ran
         self.bins: deque[Bin] = deque(maxlen=WINDOW_SECONDS // BIN_SECONDS)
         self._seen = -1
         self._open: dict[str, Bar] = {}
-        self._ended_at: dict[str, float] = {}  # when the last known call of a worker did
+        self._free_at: dict[str, float] = {}  # when a worker last was without a task, as far as that is known
+        self._shown: dict[str, Bar] = {}  # what workers ran at the last look
         self._items: dict[tuple[str, str], deque[tuple[float, int]]] = {}  # done per second
 
     def observe(self, state: ClusterState, events: Reversible[tuple[int, Event]], memory_bytes: int = 0) -> None:
@@ -72,6 +75,7 @@ class History:
 
         ``memory_bytes`` is what all worker processes use.
         """
+        self._shown = {bar.worker: bar for bar in self.running()}
         before, self.state = self.state, state
         self.memory_bytes = memory_bytes
         for job in state.jobs:
@@ -83,6 +87,11 @@ class History:
         every = max(-(-calls // POINTS_A_LOOK), 1)
         for number, event in new:
             self._take(event, point=number % every == 0)
+        for job in state.jobs:
+            self.device_seconds[job.run] = sum(stage.device_seconds for stage in job.stages)
+        for worker in state.workers:
+            if worker.running is None or worker.address not in self._free_at:
+                self._free_at[worker.address] = max(self._free_at.get(worker.address, 0.0), state.when)
         self._close_bars(state.when)
         if before is not None and state.when > before.when:
             self.uses.append(Use(state.when, use_between(before, state)))
@@ -131,8 +140,8 @@ class History:
         found = []
         for worker in self.state.workers:
             if worker.running is not None:
-                start = self._ended_at.setdefault(worker.address, now)
-                found.append(Bar(worker.address, "", worker.running, min(start, now), now, 0, calls=0))
+                start = min(self._free_at.get(worker.address, now), now)
+                found.append(Bar(worker.address, "", worker.running, start, now, 0, calls=0))
         return found
 
     def _take(self, event: Event, point: bool) -> None:
@@ -148,7 +157,7 @@ class History:
                 here = self._bin(event.when)
                 if here is not None:
                     here.retags += 1
-                    here.last_retag = f"{self.label(event.worker)}: {text}"
+                    here.last_retag = f"{worker_text(self.label(event.worker))}: {text}"
             case WorkerJoined():
                 self.marks.append(Mark(event.when, event.worker, "joined", f"joined ({event.device_class})"))
             case WorkerLeft():
@@ -176,7 +185,7 @@ class History:
         gain = event.stay_seconds - event.predicted_seconds
         better = f" (saves {duration(gain)} by prediction)" if gain >= 1 else ""
         before, after = roles_text(event.before, self.names), roles_text(event.after, self.names)
-        return f"{event.reason}: {before} \N{RIGHTWARDS ARROW} {after}{better}"
+        return f"{reason_text(event.reason)}: {before} \N{RIGHTWARDS ARROW} {after}{better}"
 
     def _take_call(self, event: TaskDone) -> None:
         end = event.start + event.seconds
@@ -188,7 +197,10 @@ class History:
             done.append((second, event.items))
         while done[0][0] < second - RATE_SECONDS:
             done.popleft()
-        self._ended_at[event.worker] = end
+        if event.run in self.device_seconds:
+            self.device_seconds[event.run] += event.seconds
+        held, since = self._shown.pop(event.worker, None), self._free_at.get(event.worker, event.start)
+        self._free_at[event.worker] = end
         bar = self._open.get(event.worker)
         if (
             bar is not None
@@ -201,7 +213,12 @@ class History:
             if bar is not None:
                 self.bars.append(bar)
             self._open[event.worker] = Bar(event.worker, event.run, event.stage, event.start, end, event.items)
-        for place, seconds in spread(event.start, end):
+        begin = event.start - event.load_seconds
+        if held is not None and held.stage == event.stage and held.end < event.start:
+            begin = min(begin, since)  # it was drawn as running before it computed: that stays
+        if event.start - begin > GAP_SECONDS:
+            self.bars.append(Bar(event.worker, event.run, event.stage, begin, event.start, 0, calls=0))
+        for place, seconds in spread(begin, end):
             here = self._bin(place)
             if here is not None:
                 here.stage_seconds[event.stage] += seconds
@@ -237,11 +254,12 @@ class History:
             if when < state.when - WINDOW_SECONDS:
                 del self.gone[worker]
                 self.labels.pop(worker, None)
-                self._ended_at.pop(worker, None)
+                self._free_at.pop(worker, None)
         runs = {job.run for job in state.jobs} | {ended.run for ended in self.ended}
         for run, stage in list(self._items):
             if run not in runs:
                 del self._items[run, stage]
+        self.device_seconds = {run: spent for run, spent in self.device_seconds.items() if run in runs}
         shown = runs | {failure.run for failure in self.failures.values()}
         if len(self.names) > 200:
             self.names = {run: name for run, name in self.names.items() if run in shown}
@@ -309,6 +327,19 @@ def roles_text(roles: Mapping[str, float], names: Mapping[str, str]) -> str:
 def worker_label(worker: WorkerState) -> str:
     """Its name where it has one of its own, else host and port."""
     return short_address(worker.name) if worker.name else short_address(worker.address)
+
+
+def worker_text(label: str) -> str:
+    """``worker 2``: a bare number would read like a count."""
+    return label if "worker" in label.lower() else f"worker {label}"
+
+
+def reason_text(reason: str) -> str:
+    """The gate's reasons, with its workers called so."""
+    return _WORKER.sub(lambda found: found[1] + worker_text(short_address(found[2])), reason)
+
+
+_WORKER = re.compile(r"(^|; )(\S+)(?= (?:joined|left|paused|goes on)(?:;|$))")
 
 
 def short_address(address: str) -> str:

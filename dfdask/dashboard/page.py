@@ -14,7 +14,7 @@ from bokeh.models.widgets import Div
 from dfdask.dashboard import cards
 from dfdask.dashboard.charts import charts
 from dfdask.dashboard.history import History
-from dfdask.dashboard.palette import USE_COLOURS, Palette
+from dfdask.dashboard.palette import Palette
 
 if TYPE_CHECKING:
     from bokeh.document import Document
@@ -85,8 +85,8 @@ def render(history: History, palette: Palette) -> dict[str, str]:
     return {
         "headline": cards.headline(history),
         "lanes": cards.lanes(history, palette),
-        "stages": cards.legend(palette.known()),
-        "use_names": cards.legend([*USE_COLOURS.items(), ("idle", "transparent")]),
+        "stages": cards.timeline_legend(palette),
+        "use_names": cards.uses_legend(),
         "pictures": cards.pictures(history),
         "failures": cards.failures(history),
         "decisions": cards.decisions(history),

@@ -5,6 +5,7 @@ from __future__ import annotations
 SLOTS = ("#4c8fe0", "#e69138", "#35a583", "#a87de0", "#d9658b", "#b5a22c", "#5fb8d6", "#8a8f98")
 _USUAL = {"encode": 0, "denoise": 1, "decode": 2, "write": 3}
 USE_COLOURS = {"busy": "#35a583", "load": "#b5a22c", "blocked": "#d9658b", "starving": "#8a8f98"}
+MARK_COLOURS = {"retag": "#f2c744", "joined": "#35a583", "left": "#d9658b"}
 OTHERS = len(SLOTS) - 1
 
 

@@ -35,7 +35,10 @@ class Tail(Generic[T]):
 
 @dataclass(slots=True)
 class Bar:
-    """Calls of one stage on one worker, one right after the other."""
+    """Calls of one stage on one worker, one right after the other.
+
+    Without ``calls`` the worker only had the task: before it computed, or, without a ``run``, until now.
+    """
 
     worker: str
     run: str
