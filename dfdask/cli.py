@@ -185,6 +185,17 @@ def show(run: str, limit: int) -> None:
 
 @main.command(epilog=_RUN_HELP)
 @click.argument("run")
+@click.option("--repair", is_flag=True, help="Have the next `dfdask run` make what is damaged again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def check(run: str, repair: bool, as_json: bool) -> None:
+    """Read all of RUN and compare it with what was committed; exit code 3 where something is lost or damaged."""
+    from dfdask.cli_check import check_run
+
+    check_run(_store(run), repair, as_json)
+
+
+@main.command(epilog=_RUN_HELP)
+@click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 def explain(run: str, as_json: bool) -> None:
     """What the scheduler decided while RUN was made: who moved, why, what it expected and what came of it."""
@@ -242,7 +253,7 @@ def export(
     click.echo(f"wrote {count(done.items, 'item')} in {count(done.files, 'file')} to {destination}")
     if done.skipped:
         waiting = done.skipped - done.failed
-        click.echo(f"left out {count(done.skipped, 'item')}: {done.failed} failed, {waiting} not there yet")
+        click.echo(f"left out {count(done.skipped, 'item')}: {done.failed:,} failed, {waiting:,} not there yet")
 
 
 @main.command()
@@ -362,7 +373,7 @@ def _store(run: str) -> RunStore:
     output: str | None = run
     if run.lower().endswith((".yaml", ".yml")):
         output = _job(Path(run), {}).output
-    return RunStore.open(resolve_output(output or run))
+    return RunStore.open(resolve_output(output or run), quick=True)
 
 
 def _sheet(store: RunStore) -> str | None:

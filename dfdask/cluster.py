@@ -37,6 +37,7 @@ SETTINGS: Mapping[str, Any] = {
 THREADS = 2  # of a worker: one for stages, one for shards that are written meanwhile
 DASHBOARD_PORT = 8787  # of a local cluster, or any other where somebody has it
 CONNECT_SECONDS = 10
+BROKEN = "worker-handle-scheduler-connection-broken"  # Dask's words for a worker's end that nobody asked for
 CLOSE_SECONDS = 30  # Dask waits 4 s for a worker, and 5 s more for one that it killed
 
 
@@ -108,6 +109,20 @@ def _patient_nanny() -> type[Nanny]:
     return PatientNanny
 
 
+def _telling_nanny() -> tuple[type[Nanny], WeakKeyDictionary[Nanny, str]]:
+    """Nannies, and the reasons that their workers gave for ending for good."""
+    from distributed import Nanny
+
+    reasons: WeakKeyDictionary[Nanny, str] = WeakKeyDictionary()
+
+    class TellingNanny(Nanny):
+        def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
+            reasons[self] = reason
+            super().close_gracefully(reason)
+
+    return TellingNanny, reasons
+
+
 def _by_gpu(nanny: type[Nanny], found: Sequence[Gpu]) -> type[Nanny]:
     """Nannies whose workers each compute on the GPU that the fewest of them use, but those of class ``cpu``."""
     from distributed.core import Status
@@ -170,10 +185,8 @@ def run_worker(
     They are tagged with the ``stages`` that they are bound to (None: the gate decides), their ``device_class``
     (None: as the GPU is called, if there is one) and the ``memory_bytes`` that they may use on it (None: what is free
     on the GPU, shared by those on it). A worker process that dies is started again. Raises ClusterError where no
-    scheduler answers.
+    scheduler answers, and where it goes away without having asked the workers to end.
     """
-    from distributed import Nanny
-
     check_device(device)
     found = gpus(device)
     group = WorkerGroup(
@@ -185,8 +198,9 @@ def run_worker(
 
     async def serve(stopped: asyncio.Event) -> None:
         await check_scheduler(address)
+        kind, reasons = _telling_nanny()
         nannies = [
-            Nanny(
+            kind(
                 address,
                 nthreads=THREADS,
                 memory_limit=0,
@@ -204,6 +218,8 @@ def run_worker(
         asked: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
         await asyncio.wait([asked, gone], return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*(nanny.close() for nanny in nannies), return_exceptions=True)
+        if not asked.done() and any(reasons.get(nanny, BROKEN) == BROKEN for nanny in nannies):
+            raise ClusterError(f"the scheduler at {address} went away; start it again, then this worker")
 
     _serve(serve)
 

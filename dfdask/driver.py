@@ -20,7 +20,7 @@ import dfdask.wire  # noqa: F401  registers how micro-batches travel
 from dfdask.batching import shard_range
 from dfdask.controller import ANY_CLASS
 from dfdask.errors import ClusterError, DfdaskError, JobStopped, StorageError
-from dfdask.events import ShardCommitted
+from dfdask.events import JobEnded, ShardCommitted
 from dfdask.graph import Graph
 from dfdask.plugins import scheduler_plugins
 from dfdask.prompts import ItemTable
@@ -284,12 +284,15 @@ class Driver:
 
     def _take_leave(self, reason: str) -> None:
         """Close the books of the job. What cannot be said or saved any more is no loss to the data."""
-        if self._client.status != "running":
-            return
         with contextlib.suppress(OSError, TimeoutError, AttributeError, StorageError):
-            self._ask("dfdask_end_job", run=self._work.token, reason=reason, client=self._client.id)
-            if reason != UNWRITABLE:
-                self._keep_events()
+            if self._client.status == "running":
+                self._ask("dfdask_end_job", run=self._work.token, reason=reason, client=self._client.id)
+                if reason != UNWRITABLE:
+                    self._keep_events()
+                return
+        if reason != UNWRITABLE:  # nobody else is left to say it to those who watch the run
+            end = JobEnded(time.time(), self._work.token, reason, self._work.store.layout.items)
+            self._work.store.append_events([end.as_dict()])
 
     def _stop(self, todo: deque[int]) -> None:
         """Let the shards that are nearly done finish, drop the rest. Raises JobStopped where there is any."""

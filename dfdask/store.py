@@ -91,10 +91,13 @@ class RunStore:
         return cls.open(location)
 
     @classmethod
-    def open(cls, location: Location) -> RunStore:
-        """Raises RunNotFoundError, or StorageError where something else is in its place."""
+    def open(cls, location: Location, *, quick: bool = False) -> RunStore:
+        """Raises RunNotFoundError, or StorageError where something else is in its place.
+
+        ``quick``: where the storage may never have been there, and somebody waits for the answer.
+        """
         with storage_errors(f"cannot open the run {location}"):
-            data = Objects(location).get(ROOT_KEY)
+            data = Objects(location, quick).get(ROOT_KEY)
         if data is None:
             raise RunNotFoundError(f"there is no run {location.address}; start it with dfdask run, or check the name")
         try:
@@ -131,9 +134,9 @@ class RunStore:
         with storage_errors(f"cannot read the commit of shard {shard} of {self.location}"):
             data = self._objects.get(commit_key(shard))
         try:
-            return None if data is None else dict(json.loads(data))
-        except (ValueError, TypeError):
-            raise StorageError(
+            return None if data is None else _record(data, {*self._documents} - {*self.columns})
+        except (ValueError, TypeError, KeyError):
+            raise _DamagedCommit(
                 f"{self.location}: {commit_key(shard)} is damaged; delete it and run the job again"
             ) from None
 
@@ -227,9 +230,18 @@ class RunStore:
         with storage_errors(f"cannot verify {self.location}"):
             problems = [] if shards is not None else self._damaged_columns()
             for shard in sorted(self.committed()) if shards is None else shards:
-                record = self.commit(shard)
+                try:
+                    record = self.commit(shard)
+                except _DamagedCommit:
+                    problems.append(Damage(shard, "commit", "is damaged"))
+                    continue
                 problems += self._damage(shard, record) if record else [Damage(shard, "commit", "is not there")]
         return problems
+
+    def forget(self, shards: Iterable[int]) -> None:
+        """Delete the commits of ``shards``: the next start of the job makes these again. Raises StorageError."""
+        with storage_errors(f"cannot delete commits of {self.location}"):
+            self._objects.delete(map(commit_key, shards))
 
     def sweep(self, older_than_seconds: float = 3600.0) -> int:
         """Delete the temporary files that killed writers left on a disk. Returns how many."""
@@ -318,7 +330,7 @@ class RunStore:
         for _ in range(_ATTEMPTS * 4):
             found = self.commit(shard)
             # An own commit at the first look: the put had succeeded, only its answer was lost on the way.
-            stale = stale or not found or found["writer"] != writer
+            stale = stale or not found or found.get("writer") != writer
             if found and not self._damage(shard, found):
                 return Commit(shard, found, stale)
             self._put_and_read_back(objects)
@@ -332,6 +344,22 @@ class RunStore:
     def _damaged_columns(self) -> list[Damage]:
         sums = self.attributes["dfdask"].get("columns", {})
         return check_columns(self._objects, self._documents, self.layout.items, sums)
+
+
+class _DamagedCommit(StorageError):
+    """A commit that is there and is none."""
+
+
+def _record(data: bytes, arrays: set[str]) -> dict[str, Any]:
+    """A commit record with all that is read of it, or an empty one. Raises ValueError, TypeError or KeyError."""
+    found = dict(json.loads(data))
+    if found and not (
+        all(type(found[name]) is int for name in ("shard", "start", "stop", "failed"))
+        and isinstance(found["checksums"], dict)
+        and found["checksums"].keys() == arrays
+    ):
+        raise ValueError
+    return found
 
 
 def commit_key(shard: int) -> str:

@@ -144,7 +144,7 @@ class EventLog:
 @lru_cache(maxsize=64)
 def event_log(location: Location) -> EventLog:
     """This process's log of a run: one session, whoever asks."""
-    return EventLog(Objects(location))
+    return EventLog(Objects(location, quick=True))  # what cannot be put now is put later, and who tells goes on
 
 
 def read_events(objects: Objects) -> list[Event]:

@@ -18,9 +18,13 @@ class TakenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """The objects below ``location``. Methods raise what obstore raises; see ``storage_errors``."""
+    """The objects below ``location``. Methods raise what obstore raises; see ``storage_errors``.
+
+    ``quick``: without an answer they raise it after seconds, where others ride out an outage of a minute.
+    """
 
     location: Location
+    quick: bool = False
 
     def get(self, key: str) -> bytes | None:
         """None where there is no such object, or no such folder."""
@@ -29,7 +33,7 @@ class Objects:
         if self.location.kind == "local" and not self.location.path.is_dir():
             return None
         try:
-            return bytes(obstore.get(backend(self.location), key).bytes())
+            return bytes(obstore.get(self._backend, key).bytes())
         except FileNotFoundError:
             return None
 
@@ -41,9 +45,8 @@ class Objects:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
-        store = backend(self.location)
         try:
-            obstore.put(store, key, data, mode="create" if create else "overwrite", use_multipart=False)
+            obstore.put(self._backend, key, data, mode="create" if create else "overwrite", use_multipart=False)
         except AlreadyExistsError:
             raise TakenError(key) from None
         if self.location.kind == "local":
@@ -55,7 +58,7 @@ class Objects:
 
         if self.location.kind == "local" and not self.location.path.is_dir():
             return
-        for page in obstore.list(backend(self.location), prefix or None):
+        for page in obstore.list(self._backend, prefix or None):
             yield from (entry["path"] for entry in page)
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -63,7 +66,7 @@ class Objects:
 
         for key in list(keys):
             try:
-                obstore.delete(backend(self.location), key)
+                obstore.delete(self._backend, key)
             except FileNotFoundError:
                 continue
 
@@ -71,7 +74,7 @@ class Objects:
         """By the clock of the storage, which need not be ours. Raises FileNotFoundError."""
         import obstore
 
-        changed = obstore.head(backend(self.location), key)["last_modified"]
+        changed = obstore.head(self._backend, key)["last_modified"]
         # Beside the run: within it, it would be taken for a part of it, or for something of someone else.
         beside, probe = backend(replace(self.location, name="")), probe_key()
         obstore.put(beside, probe, b"now")
@@ -85,17 +88,21 @@ class Objects:
         """The run as a read-only Zarr store."""
         from zarr.storage import ObjectStore
 
-        return ObjectStore(backend(self.location), read_only=True)
+        return ObjectStore(self._backend, read_only=True)
+
+    @property
+    def _backend(self) -> Any:
+        return backend(self.location, quick=self.quick)
 
 
-def backend(location: Location) -> Any:
+def backend(location: Location, *, quick: bool = False) -> Any:
     """The obstore store of a run; connections are shared within the process."""
-    return _backend(location, tuple(os.environ.get(name) for name in SECRET_VARIABLES))
+    return _backend(location, quick, tuple(os.environ.get(name) for name in SECRET_VARIABLES))
 
 
 @lru_cache(maxsize=64)
-def _backend(location: Location, _keys: tuple[str | None, ...]) -> Any:
-    return location.object_store(create=True)
+def _backend(location: Location, quick: bool, _keys: tuple[str | None, ...]) -> Any:
+    return location.object_store(create=True, quick=quick)
 
 
 @contextmanager

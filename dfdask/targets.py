@@ -28,9 +28,20 @@ from dfdask.target_files import (
 )
 
 if TYPE_CHECKING:
-    from obstore.store import LocalStore, S3Store
+    from obstore.store import LocalStore, RetryConfig, S3Store
 
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+PATIENCE = timedelta(seconds=90)  # with a storage that has answered before
+# A refused connection fails at once: without pauses, any number of retries is used up within seconds. The time alone
+# ends these.
+_PATIENT: RetryConfig = {
+    "max_retries": 1000,
+    "retry_timeout": PATIENCE,
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+_QUICK: RetryConfig = {"max_retries": 10, "retry_timeout": timedelta(seconds=10)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +75,12 @@ class Location:
             raise StorageError(f"{self} is in object storage and has no local path; read it with run.dataset()")
         return Path(self.root) / self.name
 
-    def object_store(self, *, create: bool = False) -> LocalStore | S3Store:
-        """The obstore store whose root is the run; ``create`` makes a local run's folder. Raises StorageError."""
-        return self._open(self.name, create=create)
+    def object_store(self, *, create: bool = False, quick: bool = False) -> LocalStore | S3Store:
+        """The obstore store whose root is the run; ``create`` makes a local run's folder. Raises StorageError.
+
+        It rides out an outage of about ``PATIENCE``; ``quick`` gives up after seconds.
+        """
+        return self._open(self.name, create=create, quick=quick)
 
     def check_writable(self) -> None:
         """Create and delete a small object beside the runs. Raises StorageError, within seconds.
@@ -95,7 +109,7 @@ class Location:
             )
 
     def _open(self, name: str, *, create: bool, quick: bool = False) -> LocalStore | S3Store:
-        """The store below ``root``; ``quick`` gives up after seconds, not minutes, without an answer."""
+        """The store below ``root``; ``quick`` gives up after seconds, not a minute, without an answer."""
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore, S3Store
 
@@ -116,10 +130,7 @@ class Location:
                     "connect_timeout": "5 s",
                     "timeout": "10 s" if quick else "300 s",
                 },
-                retry_config={
-                    "max_retries": 2 if quick else 10,
-                    "retry_timeout": timedelta(seconds=10 if quick else 120),
-                },
+                retry_config=_QUICK if quick else _PATIENT,
                 skip_signature=self.anonymous,
                 **{key: value for key, value in options.items() if value is not None},
             )

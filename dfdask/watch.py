@@ -16,6 +16,8 @@ POLL_SECONDS = 1.0
 STORE_SECONDS = 5.0  # between looks at the store
 AGAIN_SECONDS = 30.0  # a run that was stopped is watched for so long: it may be about to go on
 RATE_SECONDS = 120.0  # the speed is that of the commits of so long
+SILENT_SECONDS, SILENT_GAPS = 60.0, 10  # no commit for so long, and for so many times what one took of late
+_RECENT = 20  # commits that tell what one takes of late
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -50,8 +52,8 @@ class StoreWatch:
         phase: Phase = "finished" if complete else "running"
         if self._end and not complete:
             phase = "stopped" if self._end["reason"] == "stopped" else "failed"
-        times = sorted((written, items) for items, _, written in self._commits.values() if written)
-        rate = None if complete else _rate(times, now)
+        times = self._times()
+        rate = None if complete or _silent(times, now) else _rate(times, now)
         return Progress(
             run=self._store.location.name,
             output=str(self._store.location),
@@ -75,7 +77,24 @@ class StoreWatch:
             return "nothing is committed yet"
         last = max(written for _, _, written in self._commits.values())
         ago = f"last commit {duration(max(now - last, 0.0))} ago"
-        return f"{ago}; the same command goes on" if self._end else ago
+        if self._end:
+            return f"{ago}; the same command goes on"
+        complete = len(self._commits) == self._store.layout.shards
+        silent = not complete and _silent(self._times(), now)
+        return f"{ago}; its client may be gone: the same command goes on" if silent else ago
+
+    def _times(self) -> list[tuple[float, int]]:
+        """When how many items were committed."""
+        return sorted((written, items) for items, _, written in self._commits.values() if written)
+
+
+def _silent(times: list[tuple[float, int]], now: float) -> bool:
+    """Whether nothing has come for so long that nobody may be at work any more: a killed client says no goodbye."""
+    recent = [when for when, _ in times[-_RECENT:]]
+    if len(recent) < 2:
+        return False
+    gap = (recent[-1] - recent[0]) / (len(recent) - 1)
+    return now - recent[-1] > max(SILENT_SECONDS, SILENT_GAPS * gap)
 
 
 def _rate(times: list[tuple[float, int]], now: float) -> float | None:
@@ -121,7 +140,9 @@ def joined(progress: Progress, remark: str, state: Mapping[str, Any], token: str
 
     job = next((job for job in state["jobs"] if job["run"] == token), None)
     if job is None:
-        return replace(progress, workers=len(state["workers"])), f"{remark}, not on this scheduler"
+        said, *advice = remark.split("; ")
+        remark = "; ".join([f"{said}, not on this scheduler", *advice])
+        return replace(progress, workers=len(state["workers"])), remark
     stages = tuple(
         StageProgress(stage["name"], stage["queued"], stage["running"], stage["done"], stage["workers"])
         for stage in job["stages"]

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import dfdask
 from dfdask import cli, errors
 
-COMMANDS = ["explain", "export", "inspect", "plan", "report", "run", "scheduler", "show", "status", "worker"]
+COMMANDS = ["check", "explain", "export", "inspect", "plan", "report", "run", "scheduler", "show", "status", "worker"]
 
 
 @pytest.fixture(autouse=True)

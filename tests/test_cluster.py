@@ -16,7 +16,7 @@ import dask
 import psutil
 import pytest
 from distributed import Client
-from fleet import lingering, until
+from fleet import Fleet, lingering, until
 
 import dfdask
 from dfdask import cluster
@@ -136,3 +136,26 @@ def test_interrupts_come_back_afterwards() -> None:
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         raise ValueError
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_workers_say_that_their_scheduler_went_away(tmp_path: Path, orderly: bool) -> None:
+    """So that what supervises them starts them again; not where they were asked to end."""
+    fleet = Fleet(tmp_path)
+    try:
+        fleet.up()
+        with Client(fleet.address, set_as_default=False) as client:
+            client.wait_for_workers(len(fleet.workers), timeout=60)
+            if orderly:
+                client.shutdown()
+        if not orderly:
+            assert fleet.scheduler is not None
+            fleet.scheduler.kill()
+        workers = [process for process in fleet.workers if process]
+        assert {process.wait(60) for process in workers} == {0 if orderly else 4}, fleet.log("workers.log")
+        told = fleet.log("workers.log", 100_000)
+        assert told.count(f"Error: the scheduler at {fleet.address} went away") == (0 if orderly else len(workers)), (
+            told
+        )
+    finally:
+        fleet.down()

@@ -53,6 +53,20 @@ def test_progress_by_the_commits_alone(local: Location) -> None:
     assert (progress.phase, progress.committed_items, progress.elapsed_seconds) == ("finished", 20, 900.0)
 
 
+def test_a_silence_has_no_speed_and_is_told(local: Location) -> None:
+    """The client was killed, which says no goodbye."""
+    store, now = new_run(local, items=20, shard_items=2), 1000.0
+    for shard in range(5):
+        commit(store, shard, now + 2 * shard)
+    progress, remark = StoreWatch(store).progress(now + 60)
+    assert progress.items_per_second and remark == "last commit 52 s ago"
+    progress, remark = StoreWatch(store).progress(now + 70)
+    assert (progress.phase, progress.items_per_second, progress.eta_seconds) == ("running", None, None)
+    assert remark == "last commit 1 min 02 s ago; its client may be gone: the same command goes on"
+    state = {"jobs": [], "workers": [{}]}
+    assert joined(progress, remark, state, "t")[1].startswith("last commit 1 min 02 s ago, not on this scheduler; its")
+
+
 def test_only_new_commits_are_read(local: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     store, read = new_run(local, items=20, shard_items=2), []
     original = RunStore.commit
