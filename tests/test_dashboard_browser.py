@@ -163,7 +163,9 @@ return [...cut.map(one => one.outerHTML.slice(0, 200)), ...page.scrollWidth > pa
 
 def test_light_and_dark(url: str) -> None:
     def paper(page: Page) -> str:
-        return str(page.driver.execute_script("return getComputedStyle(document.documentElement).backgroundColor"))
+        script = "return getComputedStyle(document.documentElement).backgroundColor"
+        until(lambda: page.driver.execute_script(script) != "rgba(0, 0, 0, 0)", 20, "the page to have its styles")
+        return str(page.driver.execute_script(script))
 
     def ink(page: Page) -> str:
         script = "return getComputedStyle(document.documentElement).getPropertyValue('--bk-major-label-text-color')"
