@@ -61,7 +61,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "tools": {"simulate", "evaluate", "plan"},
     "face": {
-        *("cli", "cli_options", "dashboard", "progress", "terminal", "watch", "notebook", "summary"),
+        *("cli", "cli_check", "cli_options", "dashboard", "progress", "terminal", "watch", "notebook", "summary"),
         *("explain", "report"),
         *("report_page", "inspection", "video", "sheet", "export", "export_formats"),
     },
