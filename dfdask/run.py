@@ -77,7 +77,7 @@ def _begin(
 ) -> Run:
     """``location`` None: where ``spec`` says."""
     cluster = make_cluster()
-    if not seems_complete(spec):
+    if new_run or retry_failed or not seems_complete(spec):
         cluster.start()  # while this thread reads and checks the job
     try:
         table = read_items(spec)
@@ -95,7 +95,7 @@ def _begin(
 
 def open_run(output: str | Path) -> Run:
     """A stored run, to read: ``output`` is TARGET/NAME or a path. Raises StorageError."""
-    return Run(RunStore.open(resolve_output(str(output))))
+    return Run(RunStore.open(resolve_output(str(output)), quick=True))
 
 
 class Run:
