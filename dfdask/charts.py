@@ -184,13 +184,11 @@ def _short_names(workers: Sequence[str]) -> list[str]:
 
 
 def _marks(history: History, workers: Sequence[str], x: Axis, top: float, height: float, bottom: float) -> list[str]:
-    """A line where something was decided, a notch where a worker's roles changed, a gap where the run had stopped."""
+    """A line for each decision, a notch where a worker's roles changed, a thick line where the run began again."""
     parts = []
     for start, stop in history.pauses[-_MARKS:]:
-        at, title = (
-            x.px(history.at(stop)),
-            f"{duration(history.at(stop))}: started again after {duration(stop - start)}",
-        )
+        at = x.px(history.at(stop))
+        title = f"{duration(history.at(stop))}: started again after {duration(stop - start)}"
         parts.append(
             f'<path d="M{at:.1f} {top - 4:.1f}V{bottom:.1f}" stroke="currentColor" stroke-width="3" opacity=".6">'
             f"<title>{text(title)}</title></path>"

@@ -70,7 +70,7 @@ class JobCluster:
             return
         self._thread.join()
         if self._elastic is not None and self._fleet is not None:
-            self._elastic.stop("the job ended")  # on the user's own cluster it goes on until all workers have left
+            self._elastic.stop("the job ended")  # on the user's own it goes on, so that what came for the job leaves
         if self._client is not None and self._client is not self._given:
             self._client.close(timeout=5)
         if self._fleet is not None:

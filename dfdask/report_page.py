@@ -174,8 +174,7 @@ def _workers(history: History) -> str:
     chart = charts.timeline(history)
     if not chart:
         return ""
-    spans = [span for spans in history.presence().values() for span in spans]
-    there = sum(history.at(stop) - history.at(start) for start, stop in spans)
+    there = sum(history.at(stop) - history.at(start) for spans in history.presence().values() for start, stop in spans)
     busy = sum(stage.seconds for stage in history.stages)
     loading = sum(stage.load_seconds for stage in history.stages)
     shown = min(len(history.workers), charts.MOST_LANES)

@@ -43,17 +43,19 @@ class StoreWatch:
                 if record := self._store.commit(shard):
                     items = int(record["stop"]) - int(record["start"])
                     self._commits[shard] = items, int(record["failed"]), float(record.get("written", 0.0))
-        return self._snapshot(now), self._remark(now)
+        times = sorted((written, items) for items, _, written in self._commits.values() if written)
+        complete = len(self._commits) == self._store.layout.shards
+        silent = not complete and _silent(times, now)
+        return self._snapshot(now, times, complete, silent), self._remark(now, silent)
 
-    def _snapshot(self, now: float) -> Progress:
+    def _snapshot(self, now: float, times: list[tuple[float, int]], complete: bool, silent: bool) -> Progress:
+        """``times``: when how many items were committed, in order."""
         layout = self._store.layout
         done = sum(items for items, _, _ in self._commits.values())
-        complete = len(self._commits) == layout.shards
         phase: Phase = "finished" if complete else "running"
         if self._end and not complete:
             phase = "stopped" if self._end["reason"] == "stopped" else "failed"
-        times = self._times()
-        rate = None if complete or _silent(times, now) else _rate(times, now)
+        rate = None if complete or silent else _rate(times, now)
         return Progress(
             run=self._store.location.name,
             output=str(self._store.location),
@@ -72,20 +74,14 @@ class StoreWatch:
             dashboard=None,
         )
 
-    def _remark(self, now: float) -> str:
+    def _remark(self, now: float, silent: bool) -> str:
         if not self._commits:
             return "nothing is committed yet"
         last = max(written for _, _, written in self._commits.values())
         ago = f"last commit {duration(max(now - last, 0.0))} ago"
         if self._end:
             return f"{ago}; the same command goes on"
-        complete = len(self._commits) == self._store.layout.shards
-        silent = not complete and _silent(self._times(), now)
         return f"{ago}; its client may be gone: the same command goes on" if silent else ago
-
-    def _times(self) -> list[tuple[float, int]]:
-        """When how many items were committed."""
-        return sorted((written, items) for items, _, written in self._commits.values() if written)
 
 
 def _silent(times: list[tuple[float, int]], now: float) -> bool:
